@@ -1,0 +1,250 @@
+"""The interaction log: everything an algorithm may see, and nothing else."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recsim_gr.errors import LogFormatError, MissingPropensitiesError
+from recsim_gr.files import atomic_path
+from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = b"recsim_gr"
+
+COLUMNS: dict[str, type[np.generic]] = {
+    "user": np.int64,
+    "epoch": np.int64,
+    "step": np.int64,
+    "hours": np.float32,
+    "title": np.int64,
+    "duration_minutes": np.float32,
+    "watch_minutes": np.float32,
+    "score": np.float32,
+}
+"""The columns of a log and their types, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class InteractionLog:
+    """Logged events, a row each: the events of a user stand together, in the order in which they happened.
+
+    Construction goes through `check_log`; the arrays are copied and cannot be written to.
+
+    Attributes:
+        user, epoch, step: (E,) int64; ``step`` counts a user's events from 0.
+        hours: (E,) float32; since the user's epoch began.
+        title: (E,) int64 in [0, n_titles); no title twice for a user.
+        duration_minutes, watch_minutes: (E,) float32.
+        score: (E,) float32; in [1, 5] where ``bounded_scores``.
+        n_titles: the size of the catalogue, I.
+        bounded_scores: whether the noise model keeps scores in [1, 5].
+        propensities: (E,) float64, the logging policy's probability of each event given the titles before it; None
+            when the log was made without exposing them.
+        provenance: where the log comes from, as JSON values (a world's config); for people, not for algorithms.
+
+    Raises:
+        LogFormatError: not a legal log; says which row and what would do.
+    """
+
+    user: NDArray[np.int64]
+    epoch: NDArray[np.int64]
+    step: NDArray[np.int64]
+    hours: NDArray[np.float32]
+    title: NDArray[np.int64]
+    duration_minutes: NDArray[np.float32]
+    watch_minutes: NDArray[np.float32]
+    score: NDArray[np.float32]
+    n_titles: int
+    bounded_scores: bool = True
+    propensities: NDArray[np.float64] | None = None
+    provenance: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in COLUMNS.items():
+            object.__setattr__(self, name, _frozen(getattr(self, name), kind, name))
+        if self.propensities is not None:
+            object.__setattr__(self, "propensities", _frozen(self.propensities, np.float64, "propensities"))
+        check_log(self)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def n_users(self) -> int:
+        """How many users the log holds."""
+        return int((self.step == 0).sum())
+
+    def sequences(self) -> Observations:
+        """The log as one row a user: (U, L) arrays, padded behind as `Observations` are, L the longest history."""
+        starts = np.flatnonzero(self.step == 0)
+        lengths = np.diff(np.append(starts, len(self)))
+        shape = (len(starts), int(lengths.max(initial=0)))
+        rows = np.repeat(np.arange(len(starts)), lengths)
+        titles = np.full(shape, self.n_titles, dtype=np.int64)
+        scores, times = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        for dense, column in ((titles, self.title), (scores, self.score), (times, self.hours)):
+            dense[rows, self.step] = column
+        return Observations(titles, scores, times, lengths, self.epoch[starts], self.n_titles)
+
+    def require_propensities(self) -> NDArray[np.float64]:
+        """The propensities.
+
+        Raises:
+            MissingPropensitiesError: the log was made without them.
+        """
+        if self.propensities is None:
+            raise MissingPropensitiesError(
+                "this log carries no propensities; make it with generate_log(..., expose_propensities=True)"
+            )
+        return self.propensities
+
+    def write(self, path: str | Path) -> None:
+        """Writes one Parquet file, whole or not at all.
+
+        Raises:
+            RunDirectoryError: the file cannot be written.
+        """
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        if self.propensities is not None:
+            columns["propensity"] = self.propensities
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "n_titles": self.n_titles,
+            "bounded_scores": self.bounded_scores,
+            "provenance": self.provenance,
+        }
+        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
+        with atomic_path(Path(path)) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "InteractionLog":
+        """Reads what `write` wrote; runs no code from the file.
+
+        Raises:
+            LogFormatError: missing, truncated, foreign, of another schema version, or not a legal log.
+        """
+        try:
+            # memory_map off, one file: a reader must not fail later because the file went away
+            table = pq.ParquetFile(Path(path), memory_map=False).read()
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise LogFormatError(
+                f"{path} cannot be read as a Parquet log ({reason}); write it with InteractionLog.write"
+            ) from error
+        about = _metadata(table, path)
+        wanted = [*COLUMNS, *(["propensity"] if "propensity" in table.column_names else [])]
+        missing = [name for name in wanted if name not in table.column_names]
+        if missing:
+            raise LogFormatError(f"{path} has no column {missing[0]!r}; a log has {', '.join(COLUMNS)}")
+        empty = [name for name in wanted if table[name].null_count]
+        if empty:
+            raise LogFormatError(f"{path} has empty cells in column {empty[0]!r}; every cell of a log is set")
+        arrays = {name: table[name].to_numpy() for name in wanted}
+        propensities = arrays.pop("propensity", None)
+        return cls(
+            **arrays,
+            propensities=propensities,
+            n_titles=about["n_titles"],
+            bounded_scores=about["bounded_scores"],
+            provenance=about["provenance"],
+        )
+
+
+def check_log(log: InteractionLog) -> None:
+    """What a legal log is; every log, made or read, goes through here.
+
+    Raises:
+        LogFormatError: names the column, the first offending row, what stands there and what would do.
+    """
+    if not isinstance(log.n_titles, int) or log.n_titles < 1:
+        raise LogFormatError(f"n_titles of a log must be a positive integer, got {log.n_titles!r}")
+    lengths = {name: len(getattr(log, name)) for name in COLUMNS}
+    if log.propensities is not None:
+        lengths["propensities"] = len(log.propensities)
+    if len(set(lengths.values())) > 1:
+        raise LogFormatError(f"the columns of a log must be equally long, got {lengths}")
+    if len(log) == 0:
+        return
+    for name in ("hours", "duration_minutes", "watch_minutes", "score"):
+        _refuse(log, name, ~np.isfinite(getattr(log, name)), "a finite number")
+    _refuse(log, "user", log.user < 0, "a user id of 0 or more")
+    _refuse(log, "epoch", log.epoch < 0, "an epoch of 0 or more")
+    _refuse(log, "title", (log.title < 0) | (log.title >= log.n_titles), f"in 0 to {log.n_titles - 1}")
+    _refuse(log, "hours", log.hours < 0, "0 or more")
+    _refuse(log, "duration_minutes", log.duration_minutes <= 0, "more than 0")
+    too_long = log.watch_minutes > log.duration_minutes * (1 + 1e-5)
+    _refuse(log, "watch_minutes", (log.watch_minutes < 0) | too_long, "between 0 and the duration")
+    if log.bounded_scores:
+        outside = (log.score < LOWEST_SCORE) | (log.score > HIGHEST_SCORE)
+        _refuse(log, "score", outside, "between 1 and 5")
+    if log.propensities is not None:
+        illegal = ~((log.propensities > 0) & (log.propensities <= 1))
+        _refuse(log, "propensities", illegal, "in (0, 1]")
+    _check_histories(log)
+
+
+def _check_histories(log: InteractionLog) -> None:
+    """Events of a user together, steps from 0 upward, times in order, one epoch, no title twice."""
+    starts = np.append(True, log.user[1:] != log.user[:-1])
+    position = np.arange(len(log)) - np.flatnonzero(starts)[np.cumsum(starts) - 1]
+    _refuse(log, "step", log.step != position, "0, 1, 2, … along the events of each user")
+    first = np.flatnonzero(starts)
+    _, index, counts = np.unique(log.user[first], return_index=True, return_counts=True)
+    split = np.zeros(len(log), dtype=bool)
+    split[first[index[counts > 1]]] = True
+    _refuse(log, "user", split, "a user whose events stand together")
+    inside = ~starts[1:]
+    backward = np.append(False, inside & (log.hours[1:] < log.hours[:-1]))
+    _refuse(log, "hours", backward, "no earlier than the event before")
+    moved = np.append(False, inside & (log.epoch[1:] != log.epoch[:-1]))
+    _refuse(log, "epoch", moved, "the same for all events of a user")
+    order = np.lexsort((log.title, np.cumsum(starts)))
+    again = np.append(False, (np.diff(log.title[order]) == 0) & ~_in_different_histories(starts, order))
+    repeated = np.zeros(len(log), dtype=bool)
+    repeated[order] = again
+    _refuse(log, "title", repeated, "a title that this user has not seen before")
+
+
+def _in_different_histories(starts: NDArray[np.bool_], order: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether neighbours in ``order`` belong to different histories."""
+    return np.diff(np.cumsum(starts)[order]) != 0
+
+
+def _refuse(log: InteractionLog, name: str, illegal: NDArray[np.bool_], would_do: str) -> None:
+    if illegal.any():
+        row = int(np.argmax(illegal))
+        got = getattr(log, name)[row]
+        raise LogFormatError(f"row {row} of the log: {name} must be {would_do}, got {got}")
+
+
+def _frozen(values: Any, kind: type[np.generic], name: str) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iuf" or (
+        array.dtype.kind == "f" and np.issubdtype(kind, np.integer)
+    ):
+        expected = f"a one-dimensional array of {np.dtype(kind)}"
+        raise LogFormatError(f"column {name!r} of a log must be {expected}, got {array.dtype} of {array.shape}")
+    copy = array.astype(kind, copy=True)
+    copy.flags.writeable = False
+    return copy
+
+
+def _metadata(table: pa.Table, path: str | Path) -> dict[str, Any]:
+    try:
+        about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        version = about["schema_version"]
+        if version == SCHEMA_VERSION:
+            return {key: about[key] for key in ("n_titles", "bounded_scores", "provenance")}
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"{path} is Parquet, but not a log of recsim_gr: its metadata is missing or foreign"
+        raise LogFormatError(message) from error
+    raise LogFormatError(f"{path} has log schema version {version}; this version reads {SCHEMA_VERSION}")
+
+
