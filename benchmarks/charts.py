@@ -1,10 +1,11 @@
 """The report's pictures as Vega-Lite specifications: one description for SVG, PNG and the interactive page.
 
-No picture depends on which agents or metrics are there: what is missing is left out, and so is a picture with
-nothing to show. Positions along the noise axis are spaced by the *correlation* of score and truth, the signed root
-of the reliability: half of all noise levels lie below reliability .2 and would otherwise be one blot.
+No picture depends on which agents or metrics are there: what is missing is left out, and so is a picture
+with nothing to show. Positions along the noise axis are spaced by the *correlation* of score and truth, the
+signed root of the reliability: half of all noise levels lie below .2 and would otherwise be one blot.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ STYLES: Mapping[str, Style] = {
     "Random": Style("#c0c0c0", "cross", (1, 3), "baseline"),
 }
 # Agents of users: other colours than those above, with another dash each time the colours come round again.
-SPARE_COLOURS = ("#44aa99", "#aa4499", "#117733", "#661100", "#6699cc", "#ddcc77")
+SPARE_COLOURS = ("#6a3d9a", "#8b5a2b", "#17a2b8", "#b59f00", "#8b0000", "#6699cc")
 SPARE_DASHES: tuple[tuple[int, ...], ...] = ((), (6, 2), (2, 2), (9, 2, 2, 2))
 SPARE_SHAPES = ("diamond", "square", "circle", "triangle-up", "cross", "triangle-down")
 ROLES = ("ceiling", "reference", "learner", "baseline")
@@ -93,7 +94,7 @@ def headline(results: Results) -> dict[str, Comparison]:
     return compare(results, HEADLINE, REFERENCE, CEILING, learners_of(results.agents))
 
 
-# ------------------------------------------------------------------------------------------ the noise axis
+# -------------------------------------------------------------------------------------------- the noise axis
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _signed_square(x: Any) -> Any:
     return np.sign(x) * np.square(x)
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------ rows
 
 
 def line_rows(results: Results, series: Series, axis: NoiseAxis) -> list[Row]:
@@ -198,8 +199,8 @@ def _number(value: float) -> float | None:
 def readable_domain(rows: Sequence[Row], include: Sequence[float] = (0.0,)) -> tuple[float, float]:
     """Range of the axis that keeps the learners apart: their points, whiskers within reason, and ``include``.
 
-    Points far out (beyond Tukey's outer fences, three interquartile ranges) stay outside: one collapsed agent would
-    press all others into a line. So do whiskers longer than half the range of the points.
+    Points far out (beyond Tukey's outer fences, three interquartile ranges) stay outside: one collapsed agent
+    would press all others into a line. So do whiskers longer than half the range of the points.
     """
     style = styles_of([row["agent"] for row in rows])
     inside = [row for row in rows if style[row["agent"]].role in ("learner", "reference")] or list(rows)
@@ -216,7 +217,7 @@ def readable_domain(rows: Sequence[Row], include: Sequence[float] = (0.0,)) -> t
     return float(low - margin), float(high + margin)
 
 
-# --------------------------------------------------------------------------------------------------- marks
+# ----------------------------------------------------------------------------------------------------- marks
 
 
 def agent_scales(agents: Sequence[str]) -> dict[str, Any]:
@@ -230,9 +231,14 @@ def agent_scales(agents: Sequence[str]) -> dict[str, Any]:
     return {
         "color": alt.Color("agent:N", scale=scale([s.colour for s in style.values()]), legend=legend),
         "shape": alt.Shape("agent:N", scale=scale([s.shape for s in style.values()]), legend=legend),
-        # Not in the legend, where dashes would fray the outline of the shapes.
-        "strokeDash": alt.StrokeDash(
-            "agent:N", scale=scale([list(s.dash) or [1, 0] for s in style.values()]), legend=None
+        # By conditions, since a field would enter the legend, where dashes fray the outline of the shapes.
+        "strokeDash": alt.StrokeDashValue(
+            [1, 0],
+            condition=[
+                {"test": f"datum.agent === {json.dumps(agent)}", "value": list(s.dash)}
+                for agent, s in style.items()
+                if s.dash
+            ],
         ),
     }
 
@@ -257,7 +263,7 @@ def lines(
 ) -> Any:
     """A line an agent over the noise axis, with whiskers and points; what leaves ``domain`` is cut off.
 
-    ``overview`` makes it a companion of another panel: it shades that one's range and repeats none of its titles.
+    ``overview`` makes it a companion of another panel: it shades that one's range and repeats no title.
     """
     data = alt.Data(values=list(rows))
     x = alt.X("x:Q", **({**axis.encoding, "title": None} if overview else axis.encoding))
@@ -341,7 +347,7 @@ def _tip(field: str, title: str) -> alt.Tooltip:
     return alt.Tooltip(f"{field}:Q", title=title, format=".3~f")
 
 
-# ------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- figures
 
 
 @dataclass(frozen=True)
@@ -452,7 +458,9 @@ def _support(results: Results) -> Any:
         return None
     furthest = 1.05 * max(0.1, *(row["x"] for row in rows))
     spaced = alt.Scale(type="sqrt", domain=[0.0, furthest], nice=False)
-    x = alt.X("x:Q", title="KL from pretrained (nats)", scale=spaced, axis=alt.Axis(tickCount=5))
+    x = alt.X(
+        "x:Q", title="KL from pretrained (nats)", scale=spaced, axis=alt.Axis(tickCount=5, labelFlush=False)
+    )
     y = alt.Y("y:Q", title="true top-10 value", scale=_linear(_padded([row["y"] for row in rows])))
     return _by_level(results, rows, x, y, identity=None)
 
@@ -494,7 +502,7 @@ def _by_level(
     shown = np.unique(np.linspace(0, len(results.noise) - 1, PANELS).round().astype(int))
     for noise, reliability in zip(results.noise[shown], results.reliability[shown], strict=True):
         of_level = [row for row in rows if row["noise"] == noise]
-        title = f"ν = {noise:g}" + (f", reliability {reliability:.2f}" if np.isfinite(reliability) else "")
+        title = f"ν = {noise:g}" + (f", reliability {reliability:z.2f}" if np.isfinite(reliability) else "")
         panels.append(scatter(of_level, agents, x, y, title, identity, selection))
     return _together(alt.concat, *panels, columns=3, spacing=22)
 

@@ -1,7 +1,7 @@
 """``write_report``: a run directory's results as one self-contained page, with every figure as SVG and PNG.
 
-The page opens without a network: Vega is inside of it, and its content policy forbids any request. Everything is
-written atomically, the page last, so a page that is there is whole and its figures are its own.
+The page opens without a network: Vega is inside of it, and its content policy forbids any request. Everything
+is written atomically, the page last, so a page that is there is whole and has its figures beside it.
 """
 
 import functools
@@ -17,7 +17,7 @@ import vl_convert
 
 from recsim_gr.benchmarks.charts import FIGURES, Figure, figures
 from recsim_gr.benchmarks.page import Section, page
-from recsim_gr.benchmarks.statistics import WORLD, Results
+from recsim_gr.benchmarks.statistics import WORLD, Results, t_interval
 from recsim_gr.errors import RunDirectoryError
 from recsim_gr.files import atomic_path, read_json, write_text
 
@@ -49,7 +49,7 @@ class Run:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes ``report.html`` and ``figures/<name>.svg`` and ``.png`` into a run directory, replacing older ones.
+    """Writes ``report.html`` and ``figures/<name>.svg`` and ``.png`` into a run directory, over older ones.
 
     A run over several worlds has their figures side by side, as ``<name>-2`` and so on.
 
@@ -57,37 +57,32 @@ def write_report(run_dir: Path) -> Path:
         the path of the page.
 
     Raises:
-        RunDirectoryError: the configuration or the results are missing, truncated or not a run's, or the report
-            cannot be written.
+        RunDirectoryError: the configuration or the results are missing, truncated or not a run's, or the
+            report cannot be written.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    sections, written = [], set()
+    sections: list[Section] = []
     for k, (name, results) in enumerate(run.worlds.items()):
-        drawn = figures(results, _subtitle(run.config, name, results))
         suffix = f"-{k + 1}" if k else ""
-        vectors = {
-            figure.name + suffix: _write_figure(run_dir / "figures", figure, suffix) for figure in drawn
-        }
-        written |= set(vectors)
-        sections.append(Section(name, results, {f.name + suffix: f for f in drawn}, vectors))
-    _remove_stale(run_dir / "figures", written)
-    target = run_dir / "report.html"
-    write_text(
-        target, page(run.config, sections, run.failures, run.cells, run.unreadable_cells, javascript())
-    )
-    return target
+        drawn = {f.name + suffix: f for f in figures(results, _subtitle(run.config, name, results))}
+        pictures = {file: _write_figure(run_dir / "figures", file, figure) for file, figure in drawn.items()}
+        sections.append(Section(name, results, drawn, pictures))
+    _remove_stale(run_dir / "figures", {file for section in sections for file in section.figures})
+    html = page(run.config, sections, run.failures, run.cells, run.unreadable_cells, javascript())
+    write_text(run_dir / "report.html", html)
+    return run_dir / "report.html"
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------- reading
 
 
 def read_run(run_dir: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-        RunDirectoryError: ``config.json``, ``results.parquet`` or ``failures.json`` is missing (the last may be),
-            truncated, or not what the name says.
+        RunDirectoryError: ``config.json`` or ``results.parquet`` is missing, or one of them or
+            ``failures.json``, which need not be there, is truncated or not what the name says.
     """
     config = read_json(run_dir / "config.json")
     if not isinstance(config, dict) or "suite" not in config:
@@ -108,13 +103,12 @@ def read_results(path: Path) -> dict[str, Results]:
     """Reads the tidy table of a run into arrays, one :class:`Results` a (suite, env, noise model).
 
     Raises:
-        RunDirectoryError: the file is missing, truncated, no Parquet, lacks a column, has a column of another type,
-            holds no row, or holds a result twice.
+        RunDirectoryError: the file is missing, truncated, no Parquet, lacks a column, has a column of another
+            type, holds no row, a result twice, or a noise level that is no number.
     """
     columns = _read_columns(path)
-    names = np.array(
-        [" · ".join(key) for key in zip(*(columns[c] for c in ("suite", "env", "noise_model")), strict=True)]
-    )
+    keys = zip(*(columns[name] for name in ("suite", "env", "noise_model")), strict=True)
+    names = np.array([" · ".join(key) for key in keys])
     worlds = {}
     for name in dict.fromkeys(names.tolist()):
         here = names == name
@@ -134,7 +128,7 @@ def _read_columns(path: Path) -> Columns:
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise RunDirectoryError(
-            f"{path} has no column {missing[0]!r}, so it is not a run's results; run the suite again"
+            f"{path} has no column {missing[0]!r}, so it is no run's; run the suite again"
         )
     if table.num_rows == 0:
         raise RunDirectoryError(f"{path} holds no results; run the suite again and see why its cells failed")
@@ -152,12 +146,15 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, path: Path) -> 
         return cast.to_numpy()  # a null value becomes NaN
     except pa.ArrowException as error:
         raise RunDirectoryError(
-            f"{path} holds {column.type} in column {name!r} instead of {kind} ({_one_line(error)}); run the suite again"
+            f"{path} holds {column.type} in column {name!r} instead of {kind} ({_one_line(error)}); "
+            "run the suite again"
         ) from error
 
 
 def _results(columns: Columns, path: Path) -> Results:
-    """Arrays from the tidy rows of one world; an agent run under several configurations is told apart by their ids."""
+    """Arrays from the tidy rows of one world."""
+    if not np.isfinite(columns["reward_noise"]).all():
+        raise RunDirectoryError(f"{path} holds a reward_noise that is no number; run the suite again")
     noise, level = np.unique(np.round(columns["reward_noise"], 9), return_inverse=True)
     seeds, seed = np.unique(columns["seed"], return_inverse=True)
     agents = _labels(columns)
@@ -174,10 +171,8 @@ def _results(columns: Columns, path: Path) -> Results:
         array = values.setdefault(key[:2], np.full(reliability.shape, np.nan))
         array[key[2:]] = columns["value"][row]
         reliability[key[2:]] = columns["reliability"][row]
-    known = np.isfinite(reliability)
-    mean = np.where(known, reliability, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
     order = tuple(agent for agent in dict.fromkeys(agents) if agent != WORLD)
-    return Results(noise, mean, tuple(seeds.tolist()), order, values)
+    return Results(noise.astype(np.float64), t_interval(reliability)[0], tuple(seeds.tolist()), order, values)
 
 
 def _labels(columns: Columns) -> list[str]:
@@ -211,7 +206,7 @@ def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(". ")[:120] if str(error) else type(error).__name__
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------- writing
 
 
 @functools.cache
@@ -224,21 +219,16 @@ def javascript() -> str:
 def _subtitle(config: Mapping[str, Any], world: str, results: Results) -> str:
     n = len(results.seeds)
     seeds = f"mean over {n} seeds" if n > 1 else "one seed, so no interval"
-    parts = [
-        f"{config['suite']} suite",
-        config.get("preset"),
-        config.get("world"),
-        world.split(" · ")[-1] + " noise",
-        seeds,
-    ]
+    noise = f"{world.split(' · ')[-1]} noise"
+    parts = [f"{config['suite']} suite", config.get("preset"), config.get("world"), noise, seeds]
     return " · ".join(str(part) for part in parts if part)
 
 
-def _write_figure(folder: Path, figure: Figure, suffix: str) -> str:
+def _write_figure(folder: Path, file: str, figure: Figure) -> str:
     """Writes a figure's SVG and PNG; returns the SVG."""
     svg: str = vl_convert.vegalite_to_svg(figure.spec)
-    write_text(folder / f"{figure.name}{suffix}.svg", svg)
-    with atomic_path(folder / f"{figure.name}{suffix}.png") as temporary:
+    write_text(folder / f"{file}.svg", svg)
+    with atomic_path(folder / f"{file}.png") as temporary:
         temporary.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
     return svg
 

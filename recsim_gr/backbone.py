@@ -130,9 +130,19 @@ class HSTU(nn.Module):
             x = layer(x, gaps, distance, causal)
         return F.normalize(x, dim=-1)
 
+    def encode_last(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
+        """(B, d): the state after the whole of each history, wherever its padding begins."""
+        states = self.encode(titles, scores, times)
+        length = (titles < self.n_titles).sum(dim=1)
+        return states[torch.arange(len(states), device=states.device), length]
+
+    def title_directions(self) -> Tensor:
+        """(I, d): the titles' embeddings, of length 1 over the temperature; logits are states @ these."""
+        return F.normalize(self.titles, dim=-1) / self.config.temperature
+
     def logits(self, states: Tensor) -> Tensor:
         """(..., d) states to (..., I) cosine scores over the temperature, seen titles included."""
-        return states @ (F.normalize(self.titles, dim=-1) / self.config.temperature).T
+        return states @ self.title_directions().T
 
     def _tokens(self, titles: Tensor, scores: Tensor) -> Tensor:
         """(B, T, d): the title's embedding, and the same turned by how much the title was liked."""
@@ -140,14 +150,6 @@ class HSTU(nn.Module):
         embedded = padded[titles] * math.sqrt(self.config.dimensions)
         liked = ((scores - 3.0) / 2.0).unsqueeze(-1)
         return embedded + liked * (self.by_score(embedded) + self.score_level)
-
-
-def seen_before(titles: Tensor, n_titles: int, steps: int) -> Tensor:
-    """(B, steps, I) bool: which titles the first t events of each history hold, t = 0 … steps − 1."""
-    first_seen = torch.full((len(titles), n_titles + 1), steps, dtype=torch.int64, device=titles.device)
-    order = torch.arange(titles.shape[1], device=titles.device).expand_as(titles)
-    first_seen.scatter_(1, titles, order)
-    return first_seen[:, None, :n_titles] < torch.arange(steps, device=titles.device)[:, None]
 
 
 def _gap_buckets(times: Tensor) -> Tensor:

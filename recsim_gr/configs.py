@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recsim_gr.errors import ConfigError
@@ -25,6 +26,9 @@ def require(holds: bool, config: object, field: str, would_do: str) -> None:
 def require_finite_numbers(config: object) -> None:
     """Refuses NaN, infinities and non-numbers in the fields annotated as numbers.
 
+    What passes is stored as a plain int or float, so that equal configs have equal ids: NumPy's scalars are
+    no JSON, and 1 and 1.0 are not the same JSON.
+
     Raises:
         ConfigError: names the first such field.
     """
@@ -32,8 +36,10 @@ def require_finite_numbers(config: object) -> None:
         value = getattr(config, field.name)
         if field.type in (int, "int"):
             require(_is_integer(value), config, field.name, "an integer")
+            object.__setattr__(config, field.name, int(value))
         elif field.type in (float, "float"):
             require(_is_finite_number(value), config, field.name, "a finite number")
+            object.__setattr__(config, field.name, float(value))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -55,18 +61,26 @@ def from_dict(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 
 
 def config_id(*parts: Any) -> str:
-    """Eight hexadecimal digits that name the content of configs (or of JSON values)."""
-    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    """Eight hexadecimal digits that name the content of configs (or of JSON values).
+
+    A field of a config whose metadata say ``{"identity": False}`` has no part in it: where a file lies, say.
+    """
+    plain = [_identity(part) if dataclasses.is_dataclass(part) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def _identity(config: Any) -> dict[str, Any]:
+    left_out = {field.name for field in dataclasses.fields(config) if not field.metadata.get("identity", True)}
+    return {name: value for name, value in to_dict(config).items() if name not in left_out}
+
+
 def _is_integer(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_finite_number(value: Any) -> bool:
+def _is_finite_number(value: object) -> bool:
     try:
-        return not isinstance(value, (bool, str)) and math.isfinite(value)
-    except TypeError:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
         return False

@@ -38,3 +38,7 @@ class TrainingError(RecsimError, RuntimeError):
 
 class MissingPropensitiesError(RecsimError, ValueError):
     """An algorithm that needs propensities was handed a log made without them."""
+
+
+class PolicyError(RecsimError, ValueError):
+    """An agent whose answer is no policy: wrong shape, not normalised, or weight on a seen title."""

@@ -1,7 +1,7 @@
 """The interaction log: everything an algorithm may see, and nothing else."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ class InteractionLog:
             dense[rows, self.step] = column
         return Observations(titles, scores, times, lengths, self.epoch[starts], self.n_titles)
 
+    def rows(self, rows: slice) -> "InteractionLog":
+        """A part of the log; it must cut between users, or it is no legal log."""
+        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
+        propensities = None if self.propensities is None else self.propensities[rows]
+        return replace(self, **columns, propensities=propensities)
+
     def require_propensities(self) -> NDArray[np.float64]:
         """The propensities.
 
@@ -121,7 +127,8 @@ class InteractionLog:
         }
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
         with atomic_path(Path(path)) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            # a checksum a page: without it one flipped bit in three is read back as other data
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     @classmethod
     def read(cls, path: str | Path) -> "InteractionLog":
@@ -132,17 +139,22 @@ class InteractionLog:
         """
         try:
             # memory_map off, one file: a reader must not fail later because the file went away
-            table = pq.ParquetFile(Path(path), memory_map=False).read()
-        except (OSError, pa.ArrowException) as error:
+            file = pq.ParquetFile(Path(path), memory_map=False, page_checksum_verification=True)
+            table = file.read()
+            names = table.column_names
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name that is not UTF-8
             reason = str(error).splitlines()[0]
             raise LogFormatError(
                 f"{path} cannot be read as a Parquet log ({reason}); write it with InteractionLog.write"
             ) from error
         about = _metadata(table, path)
-        wanted = [*COLUMNS, *(["propensity"] if "propensity" in table.column_names else [])]
-        missing = [name for name in wanted if name not in table.column_names]
+        wanted = [*COLUMNS, *(["propensity"] if "propensity" in names else [])]
+        missing = [name for name in wanted if name not in names]
         if missing:
             raise LogFormatError(f"{path} has no column {missing[0]!r}; a log has {', '.join(COLUMNS)}")
+        double = [name for name in wanted if names.count(name) > 1]
+        if double:
+            raise LogFormatError(f"{path} has column {double[0]!r} twice; a log has it once")
         empty = [name for name in wanted if table[name].null_count]
         if empty:
             raise LogFormatError(f"{path} has empty cells in column {empty[0]!r}; every cell of a log is set")

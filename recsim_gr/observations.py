@@ -55,7 +55,7 @@ class Observations:
         rows = np.arange(len(self))
         wider = [np.pad(x, ((0, 0), (0, 1))) for x in (self.titles, self.scores, self.times)]
         wider[0][:, -1] = self.n_titles
-        last = np.where(self.length > 0, self.times[rows, np.maximum(self.length - 1, 0)], 0.0)
+        last = wider[2][rows, np.maximum(self.length - 1, 0)]  # padding is 0, so an empty history begins at 0
         for array, value in zip(wider, (titles, scores, last + gap_hours), strict=True):
             array[rows, self.length] = value
         return Observations(*wider, self.length + 1, self.epoch, self.n_titles)

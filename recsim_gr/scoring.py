@@ -1,2 +1,313 @@
-Evaluation=Judge=object
-def evaluate(*a,**k): ...
+"""Scoring a policy against the truth: exact over actions, for given contexts (design §8)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsim_gr import metrics
+from recsim_gr.noise import RewardNoise, Scores
+from recsim_gr.observations import Contexts, Observations
+from recsim_gr.policy import Truth, log_probs_of, ranking_scores
+from recsim_gr.randomness import uniforms
+
+FloatArray = NDArray[np.float64]
+
+TOP_K = 10
+"""Length of the list behind the headline ``value_top10`` and the ranking metrics."""
+
+ROLLOUT_STEPS, DISCOUNT = 3, 0.9
+"""The judge's horizon and discount: the study's few discounted steps."""
+
+ROLLOUT_GAP_HOURS = 0.7
+"""Between recommended titles: they follow within a session."""
+
+
+class WorldTruth(Truth, Protocol):
+    """What scoring asks of a world beside the truth."""
+
+    @property
+    def noise(self) -> RewardNoise: ...
+
+    def logging_log_probs(self, users: NDArray[np.int64], histories: NDArray[np.int64]) -> FloatArray: ...
+
+    def sample_scores(
+        self, users: NDArray[np.int64], titles: NDArray[np.int64], u: FloatArray
+    ) -> Scores: ...
+
+
+class Judge(Protocol):
+    """A reward model trained on other users."""
+
+    def mean(self, observations: Observations) -> NDArray[np.float32]:
+        """(n, I): the score it expects of every title."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an agent is worth.
+
+    Attributes:
+        metrics: name to figure; `METRICS` says what each is.
+        top10_values: (n,) the true value of each context's list, for paired comparisons.
+    """
+
+    metrics: dict[str, float]
+    top10_values: FloatArray
+
+    def __getitem__(self, name: str) -> float:
+        return self.metrics[name]
+
+
+METRICS = {
+    "value_sampled": "mean true satisfaction of a title drawn from the policy: Σ_a π(a|x)·s(u,a)",
+    "value_greedy": "mean true satisfaction of the policy's first title",
+    "value_top10": "mean true satisfaction of the policy's ten first titles: the headline",
+    "value_top10_se": "standard error of value_top10 over contexts",
+    "score_value_sampled": "as value_sampled, with E[score|u,a] in place of satisfaction",
+    "score_value_greedy": "as value_greedy, with E[score|u,a]",
+    "score_value_top10": "as value_top10, with E[score|u,a]",
+    "regret_sampled": "what the best unseen title is worth, less value_sampled",
+    "regret_greedy": "what the best unseen title is worth, less value_greedy",
+    "regret_top10": "what the ten best unseen titles are worth, less value_top10",
+    "nll": "mean −log π of the title that the user really chose next, in nats",
+    "entropy": "of the policy, in nats, mean over contexts",
+    "kl_ref": "KL(π ‖ π_ref) from the pretrained policy, in nats, mean over contexts",
+    "effective_sample_size": "E_μ[w]²/E_μ[w²], w = π/μ: the share of a log that tells about the policy",
+    "coverage": "share of the catalogue that stands in some top-ten list",
+    "popularity_gini": "Gini coefficient of how often titles stand in top-ten lists",
+    "ndcg10": "NDCG@10 of the next logged title, users of above-median mean score",
+    "hr10": "hit rate @10, the same users",
+    "mrr": "mean reciprocal rank, the same users",
+    "ndcg10_true": "NDCG@10, users of above-median mean true satisfaction",
+    "hr10_true": "hit rate @10, the same users",
+    "mrr_true": "mean reciprocal rank, the same users",
+    "ndcg10_own": "NDCG@10, all users, each weighted by the score that the next title got",
+    "hr10_own": "hit rate @10, weighted likewise",
+    "mrr_own": "mean reciprocal rank, weighted likewise",
+    "judge_return": "judge's mean score over three discounted steps, its own scores appended",
+    "score_return": "expected score over three discounted steps of the true world",
+    "value_return": "true satisfaction over the same three steps as score_return",
+    "overoptimisation": "judge_return − score_return",
+    "misalignment": "score_return − value_return",
+}
+"""What each figure of an `Evaluation` is."""
+
+
+class Answer(NamedTuple):
+    """A policy's answer on a batch: (n, I) log-probabilities and ranking scores."""
+
+    log_probs: FloatArray
+    scores: FloatArray
+
+
+class Examination:
+    """One set of contexts, with all that is the same for every agent worked out once.
+
+    Args:
+        world: whose truth counts.
+        contexts: what the agents are asked.
+        judge: a reward model of other users; without it no rollouts are made.
+        reference: π_ref, for KL; without it no KL is given.
+        seed: of the rollouts' common random numbers.
+        rollout_contexts: how many of the contexts the rollouts use.
+    """
+
+    def __init__(
+        self,
+        world: WorldTruth,
+        contexts: Contexts,
+        judge: Judge | None = None,
+        reference: Any = None,
+        seed: int = 0,
+        rollout_contexts: int = 1_000,
+    ) -> None:
+        self.world, self.contexts, self.judge, self.seed = world, contexts, judge, seed
+        self.rollouts = min(rollout_contexts, len(contexts))
+        self.reference = None if reference is None else self._answer(reference).log_probs
+
+    @cached_property
+    def satisfaction(self) -> FloatArray:
+        """(n, I)."""
+        return self.world.satisfaction(self.contexts.users).astype(np.float64)
+
+    @cached_property
+    def expected_score(self) -> FloatArray:
+        """(n, I)."""
+        return self.world.expected_score(self.contexts.users)
+
+    @cached_property
+    def logging(self) -> FloatArray:
+        """(n, I) log-propensities of the logging policy."""
+        return self.world.logging_log_probs(self.contexts.users, self.contexts.observations.titles)
+
+    def evaluate(self, policy: Any) -> Evaluation:
+        """Scores one agent or referee.
+
+        Raises:
+            PolicyError: its answer is no policy.
+        """
+        answer = self._answer(policy)
+        top = metrics.top_k(answer.scores, TOP_K)
+        per_context = np.take_along_axis(self.satisfaction, top, axis=1).mean(axis=1)
+        figures = self._values(answer, top) | self._support(answer, top) | self._offline(answer)
+        if self.judge is not None:
+            figures |= self._returns(policy, answer)
+        return Evaluation(figures, per_context)
+
+    def _answer(self, policy: Any) -> Answer:
+        observations, users = self.contexts.observations, self.contexts.users
+        return Answer(
+            log_probs_of(policy, observations, self.world, users),
+            ranking_scores(policy, observations, self.world, users),
+        )
+
+    def _values(self, answer: Answer, top: NDArray[np.int64]) -> dict[str, float]:
+        probabilities = np.exp(answer.log_probs)
+        unseen = np.where(self.contexts.observations.seen(), -np.inf, self.satisfaction)
+        best = np.take_along_axis(unseen, metrics.top_k(unseen, TOP_K), axis=1)
+        figures: dict[str, float] = {}
+        for name, truth in (("value", self.satisfaction), ("score_value", self.expected_score)):
+            listed = np.take_along_axis(truth, top, axis=1)
+            figures[f"{name}_sampled"] = float((probabilities * truth).sum(axis=1).mean())
+            figures[f"{name}_greedy"] = float(listed[:, 0].mean())
+            figures[f"{name}_top10"] = float(listed.mean())
+            if name == "value":
+                spread = listed.mean(axis=1).std(ddof=1) if len(listed) > 1 else float("nan")
+                figures["value_top10_se"] = float(spread / np.sqrt(len(listed)))
+        for kind, ceiling in (("sampled", best[:, 0]), ("greedy", best[:, 0]), ("top10", best)):
+            figures[f"regret_{kind}"] = float(ceiling.mean()) - figures[f"value_{kind}"]
+        return figures
+
+    def _support(self, answer: Answer, top: NDArray[np.int64]) -> dict[str, float]:
+        shown = np.bincount(top.ravel(), minlength=answer.scores.shape[1])
+        next_titles = self.contexts.next_titles[:, None]
+        figures = {
+            "nll": float(-np.take_along_axis(answer.log_probs, next_titles, axis=1).mean()),
+            "entropy": float(metrics.entropy(answer.log_probs).mean()),
+            "effective_sample_size": metrics.effective_sample_share(answer.log_probs, self.logging),
+            "coverage": float((shown > 0).mean()),
+            "popularity_gini": metrics.gini(shown),
+        }
+        if self.reference is not None:
+            figures["kl_ref"] = float(metrics.kl_divergence(answer.log_probs, self.reference).mean())
+        return figures
+
+    def _offline(self, answer: Answer) -> dict[str, float]:
+        contexts = self.contexts
+        ranks = metrics.rank_of(answer.scores, contexts.next_titles)
+        seen_truth = _history_mean(self.satisfaction, contexts.observations)
+        observed = contexts.observations.scores.sum(axis=1) / np.maximum(contexts.observations.length, 1)
+        low = contexts.next_scores.min()
+        groups = {
+            "": _above_median(observed),
+            "_true": _above_median(seen_truth),
+            "_own": (contexts.next_scores - low) / max(float(np.ptp(contexts.next_scores)), 1e-12),
+        }
+        figures = {}
+        for suffix, weight in groups.items():
+            total = weight.sum()
+            for name, values in (
+                ("ndcg10", metrics.ndcg(ranks, TOP_K)),
+                ("hr10", metrics.hit_rate(ranks, TOP_K)),
+                ("mrr", metrics.reciprocal_rank(ranks)),
+            ):
+                figures[name + suffix] = float((weight * values).sum() / total) if total > 0 else float("nan")
+        return figures
+
+    # -- rollouts -------------------------------------------------------------------------------------------------
+
+    def _returns(self, policy: Any, first: Answer) -> dict[str, float]:
+        judged = self._judged_return(policy, first)
+        score, value = self._true_return(policy, first)
+        return {
+            "judge_return": judged,
+            "score_return": score,
+            "value_return": value,
+            "overoptimisation": judged - score,
+            "misalignment": score - value,
+        }
+
+    @cached_property
+    def _first_judgement(self) -> NDArray[np.float32]:
+        assert self.judge is not None
+        return self.judge.mean(self.contexts.observations[slice(0, self.rollouts)])
+
+    @cached_property
+    def _rollout_uniforms(self) -> FloatArray:
+        """(n, steps, 1 + per event): the choice of each step, and the noise of its score; the same for all agents."""
+        n = 1 + self.world.noise.uniforms_per_event
+        users = self.contexts.users[: self.rollouts]
+        return uniforms(self.seed, "rollouts", users, ROLLOUT_STEPS * n).reshape(-1, ROLLOUT_STEPS, n)
+
+    def _judged_return(self, policy: Any, first: Answer) -> float:
+        assert self.judge is not None
+        observations = self.contexts.observations[slice(0, self.rollouts)]
+        log_probs = first.log_probs[: self.rollouts]
+        rewards = []
+        for step in range(ROLLOUT_STEPS):
+            titles = sample_titles(log_probs, self._rollout_uniforms[:, step, 0])
+            judgement = self._first_judgement if step == 0 else self.judge.mean(observations)
+            scores = np.take_along_axis(judgement, titles[:, None], axis=1)[:, 0]
+            rewards.append(float(scores.mean()))
+            if step + 1 < ROLLOUT_STEPS:
+                observations = observations.append(titles, scores, ROLLOUT_GAP_HOURS)
+                log_probs = self._rollout_log_probs(policy, observations)
+        return discounted_mean(rewards)
+
+    def _true_return(self, policy: Any, first: Answer) -> tuple[float, float]:
+        observations = self.contexts.observations[slice(0, self.rollouts)]
+        users = self.contexts.users[: self.rollouts]
+        log_probs = first.log_probs[: self.rollouts]
+        scores, values = [], []
+        for step in range(ROLLOUT_STEPS):
+            u = self._rollout_uniforms[:, step]
+            titles = sample_titles(log_probs, u[:, 0])
+            rows = (np.arange(len(users)), titles)
+            scores.append(float(self.expected_score[: self.rollouts][rows].mean()))
+            values.append(float(self.satisfaction[: self.rollouts][rows].mean()))
+            if step + 1 < ROLLOUT_STEPS:
+                got = self.world.sample_scores(users, titles, u[:, 1:]).score.astype(np.float32)
+                observations = observations.append(titles, got, ROLLOUT_GAP_HOURS)
+                log_probs = self._rollout_log_probs(policy, observations)
+        return discounted_mean(scores), discounted_mean(values)
+
+    def _rollout_log_probs(self, policy: Any, observations: Observations) -> FloatArray:
+        return log_probs_of(policy, observations, self.world, self.contexts.users[: self.rollouts])
+
+
+def evaluate(
+    world: WorldTruth, policy: Any, contexts: Contexts, judge: Judge | None = None, reference: Any = None
+) -> Evaluation:
+    """Scores one agent on given contexts, see `METRICS`. To score several, share one `Examination`.
+
+    Raises:
+        PolicyError: its answer is no policy.
+    """
+    return Examination(world, contexts, judge, reference).evaluate(policy)
+
+
+def sample_titles(log_probs: FloatArray, u: FloatArray) -> NDArray[np.int64]:
+    """(n,) titles by inverse CDF: (n, I) log-probabilities, (n,) uniforms in (0, 1). Titles of weight 0 never come."""
+    cumulative = np.cumsum(np.exp(log_probs), axis=1)
+    reached = cumulative > (u * cumulative[:, -1])[:, None]
+    return reached.argmax(axis=1)
+
+
+def discounted_mean(rewards: list[float]) -> float:
+    """Σ γ^h r_h / Σ γ^h, so that returns stay on the scale of a score."""
+    weights = DISCOUNT ** np.arange(len(rewards))
+    return float(weights @ rewards / weights.sum())
+
+
+def _above_median(values: FloatArray) -> FloatArray:
+    return (values > np.median(values)).astype(np.float64)
+
+
+def _history_mean(satisfaction: FloatArray, observations: Observations) -> FloatArray:
+    """(n,) mean true satisfaction of the titles in each history."""
+    seen = observations.seen()
+    return np.where(seen, satisfaction, 0.0).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)

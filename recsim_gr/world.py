@@ -74,7 +74,8 @@ class BehaviourConfig:
         require(self.n_epochs >= 1, self, "n_epochs", "at least 1")
         require(self.seed >= 0, self, "seed", "0 or more")
         require(0.0 <= self.reward_noise <= 1.0, self, "reward_noise", "between 0 and 1")
-        require(self.noise_model in NOISE_MODELS, self, "noise_model", f"one of {', '.join(NOISE_MODELS)}")
+        known = tuple(NOISE_MODELS)  # a tuple: also what has no hash is refused by name
+        require(self.noise_model in known, self, "noise_model", f"one of {', '.join(known)}")
         require(self.pull_strength >= 0, self, "pull_strength", "0 or more")
         require(self.appeal_tail >= 0, self, "appeal_tail", "0 or more")
         require(0.0 <= self.appeal_persistence <= 1.0, self, "appeal_persistence", "between 0 and 1")
@@ -253,7 +254,8 @@ class WorldBase(ABC):
         """
         utilities = self.utilities(users)
         utilities[seen_mask(histories, self.n_titles)] = -np.inf
-        return utilities - _log_sum_exp(utilities)[:, None]
+        mass = _log_sum_exp(utilities)[:, None]
+        return utilities - np.where(np.isfinite(mass), mass, 0.0)  # nothing left unseen: -inf, not NaN
 
     def sample_scores(self, users: Users, titles: NDArray[np.int64], u: FloatArray) -> Scores:
         """Scores of forced exposures.
@@ -490,16 +492,35 @@ class World(WorldBase):
         """(n, d): θ."""
         return ndtri(uniforms(self.config.seed, "taste", users, self.config.taste_dimensions))
 
-    def satisfaction(self, users: Users) -> NDArray[np.float32]:
-        leniency = ndtri(uniforms(self.config.seed, "leniency", users, 1)) * self.config.leniency_deviation
-        logit = self.taste(users) @ self.traits.T + self.quality + leniency
+    def leniency(self, users: Users) -> FloatArray:
+        """(n,): b."""
+        return ndtri(uniforms(self.config.seed, "leniency", users, 1))[:, 0] * self.config.leniency_deviation
+
+    def pull_vectors(self, users: Users) -> FloatArray:
+        """(n, d): φ."""
+        delta = self.behaviour(users).discernment[:, None]
+        outside = ndtri(uniforms(self.config.seed, "pull", users, self.config.taste_dimensions))
+        return delta * self.taste(users) + np.sqrt(1.0 - delta**2) * outside
+
+    def satisfaction_at(self, logit: FloatArray) -> NDArray[np.float32]:
+        """Satisfaction of ``⟨θ_u, v_i⟩ + q_i + b_u``, elementwise."""
         fraction = expit(self.config.satisfaction_slope * logit)
         return (LOWEST_SCORE + (HIGHEST_SCORE - LOWEST_SCORE) * fraction).astype(np.float32)
 
+    def satisfaction(self, users: Users) -> NDArray[np.float32]:
+        products = _products(self.taste(users), self.traits)
+        return self.satisfaction_at(products + self.quality + self.leniency(users)[:, None])
+
     def pull(self, users: Users) -> FloatArray:
-        delta = self.behaviour(users).discernment[:, None]
-        outside = ndtri(uniforms(self.config.seed, "pull", users, self.config.taste_dimensions))
-        return (delta * self.taste(users) + np.sqrt(1.0 - delta**2) * outside) @ self.traits.T
+        return _products(self.pull_vectors(users), self.traits)
+
+
+def _products(rows: FloatArray, columns: FloatArray) -> FloatArray:
+    """(n, I) inner products of (n, d) and (I, d), each row the same whatever rows stand beside it.
+
+    BLAS chooses its kernel by the number of rows, so the last bits of a user would depend on the chunk.
+    """
+    return np.einsum("nd,di->ni", rows, np.ascontiguousarray(columns.T))
 
 
 def _log_sum_exp(values: FloatArray) -> FloatArray:

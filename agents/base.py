@@ -1,0 +1,391 @@
+"""What every agent is made of: configs with overrides, one `fit`, log-probabilities, saving without pickle."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recsim_gr import configs
+from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.errors import CheckpointError, ConfigError, UnknownNameError
+from recsim_gr.files import atomic_path, read_json, write_json
+from recsim_gr.log import InteractionLog
+from recsim_gr.observations import Observations
+from recsim_gr.rewards import RewardEnsemble, RewardTable
+from recsim_gr.training import (
+    MASKED,
+    Batch,
+    Histories,
+    TrainingConfig,
+    TrainingRecord,
+    split_logs,
+    tensors,
+    train,
+)
+
+AfterCheck = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What all agents' configs have in common."""
+
+    def __post_init__(self) -> None:
+        configs.require_finite_numbers(self)
+
+
+@dataclass(frozen=True)
+class FineTuningConfig(AgentConfig):
+    """What all agents that continue the pretrained backbone have in common: one schedule, so that they are
+    comparable."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The same steps, batches, rate and stopping rule for all."""
+
+
+@dataclass
+class FitRecord:
+    """What fitting cost and where it stopped.
+
+    Attributes:
+        gradient_steps: how many were taken.
+        best_step: after how many of them the kept state stood.
+        samples: online samples drawn from an environment; 0 for agents that learn from the log alone.
+    """
+
+    gradient_steps: int = 0
+    best_step: int = 0
+    samples: int = 0
+
+
+AGENTS: dict[str, type["Agent"]] = {}
+"""All registered agents by name."""
+
+
+def register(agent: type["Agent"]) -> type["Agent"]:
+    """Makes an agent known by its ``name``: to suites, to the command line and to the contract test.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+    if AGENTS.get(agent.name, agent).__qualname__ != agent.__qualname__:
+        raise ConfigError(f"there is already an agent {agent.name!r}; choose another name")
+    AGENTS[agent.name] = agent
+    return agent
+
+
+def agent_type(name: str) -> type["Agent"]:
+    """The registered agent of that name.
+
+    Raises:
+        UnknownNameError: no such agent; lists those that are.
+    """
+    if name not in AGENTS:
+        raise UnknownNameError(f"no agent {name!r}; there are {', '.join(AGENTS)}")
+    return AGENTS[name]
+
+
+class Agent(ABC):
+    """A policy over titles.
+
+    ``ASFT(beta=0.5)`` is ``ASFT(ASFTConfig(beta=0.5))``.
+
+    Args:
+        config: the agent's own frozen config.
+        overrides: fields of the config to set.
+
+    Raises:
+        ConfigError: a field that the config does not have, or a value that it refuses.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[AgentConfig]] = AgentConfig
+    referee: ClassVar[bool] = False
+    """Whether it knows the truth: a ceiling, not a competitor."""
+    uses_rewards: ClassVar[bool] = False
+    """Whether what it learns depends on scores, by themselves or through the reward ensemble."""
+    needs_ensemble: ClassVar[bool] = False
+    """Whether `fit` asks for a reward ensemble."""
+
+    def __init__(self, config: Any = None, **overrides: Any) -> None:
+        known = {f.name for f in fields(self.config_type)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            message = f"{self.name} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}"
+            raise ConfigError(message)
+        if config is not None and not isinstance(config, self.config_type):
+            raise ConfigError(f"{self.name} takes a {self.config_type.__name__}, got {type(config).__name__}")
+        self.config: Any = replace(config or self.config_type(), **overrides)
+        self.record = FitRecord()
+
+    def fit(
+        self,
+        log: InteractionLog,
+        backbone: HSTU | None = None,
+        rewards: RewardEnsemble | None = None,
+        validation: InteractionLog | None = None,
+        seed: int = 0,
+        after_check: AfterCheck | None = None,
+    ) -> Self:
+        """Learns from a log.
+
+        Args:
+            log: what to learn from.
+            backbone: the pretrained backbone, π_ref; copied, never changed.
+            rewards: the fitted reward ensemble, for agents that need it.
+            validation: users to stop on; without it, the last tenth of the log's users.
+            seed: of everything random.
+            after_check: told (gradient step, objective) along the way.
+
+        Raises:
+            ConfigError: something the agent needs is missing, or the parts are over different catalogues.
+            TrainingError: training diverged.
+        """
+        return self
+
+    @abstractmethod
+    def log_probs(self, observations: Observations) -> NDArray[np.float32]:
+        """(n, I) log π(a | x); -inf for seen titles."""
+
+    def scores(self, observations: Observations) -> NDArray[np.float32]:
+        """(n, I) what the agent ranks by; its log-probabilities unless it has better."""
+        return self.log_probs(observations)
+
+    # -- saving: JSON beside safetensors, never pickle -----------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything learned, as named tensors."""
+        return {}
+
+    def shape(self) -> dict[str, Any]:
+        """What must be known to build the agent before its state is loaded, as JSON values."""
+        return {}
+
+    def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """The inverse of `shape` and `state`."""
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``agent.json`` and ``agent.safetensors`` into a directory.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        directory = Path(directory)
+        with atomic_path(directory / "agent.safetensors") as temporary:
+            state = {key: value.detach().contiguous().clone() for key, value in self.state().items()}
+            save_file(state, temporary)
+        about = {"agent": self.name, "config": configs.to_dict(self.config), "shape": self.shape()}
+        write_json(directory / "agent.json", about)
+
+
+def load_agent(directory: str | Path) -> Agent:
+    """Loads what `Agent.save` wrote; runs no code from the files.
+
+    Raises:
+        UnknownNameError: an agent that is not registered.
+        CheckpointError: files that are missing, truncated or do not fit each other.
+    """
+    directory = Path(directory)
+    about = read_json(directory / "agent.json")
+    try:
+        kind = agent_type(about["agent"])
+        values = dict(about["config"])
+        if "training" in values:
+            values["training"] = configs.from_dict(TrainingConfig, values["training"])
+        agent = kind(configs.from_dict(kind.config_type, values))
+        agent.restore(about["shape"], load_file(directory / "agent.safetensors"))
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, UnknownNameError):
+            raise
+        message = f"{directory} holds no agent that can be loaded ({error}); save it again with Agent.save"
+        raise CheckpointError(message) from error
+    return agent
+
+
+class BackboneAgent(Agent):
+    """An agent whose policy is the softmax of a backbone's logits, continued from the pretrained one.
+
+    A subclass gives `batch_loss`, a function of one batch; the same loss on validation users is the objective that
+    the kept state minimises.
+    """
+
+    config_type = FineTuningConfig
+    policy: HSTU
+
+    def batch_loss(self, policy: HSTU, batch: Batch, problem: "Problem") -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        raise TypeError(f"{self.name} has no loss; an agent that learns must say what it minimises")
+
+    def problem(self, histories: Histories, log: InteractionLog, parts: "Parts") -> "Problem":
+        """What the loss needs beside the batch, worked out once a log."""
+        table = parts.rewards.on(log) if self.needs_ensemble and parts.rewards is not None else None
+        return Problem(histories, parts.reference, table)
+
+    def fit(
+        self,
+        log: InteractionLog,
+        backbone: HSTU | None = None,
+        rewards: RewardEnsemble | None = None,
+        validation: InteractionLog | None = None,
+        seed: int = 0,
+        after_check: AfterCheck | None = None,
+    ) -> Self:
+        parts = required_parts(self, log, backbone, rewards)
+        self.policy = copy.deepcopy(parts.reference).requires_grad_(True)
+        train_log, held_out_log = split_logs(log, validation)
+        seen, held_out = Histories(train_log), Histories(held_out_log)
+        on_train = self.problem(seen, train_log, Parts(parts.reference, rewards, seed, "train"))
+        on_validation = self.problem(
+            held_out, held_out_log, Parts(parts.reference, rewards, seed, "validation")
+        )
+        record = train(
+            self.policy,
+            lambda batch: self.batch_loss(self.policy, batch, on_train),
+            lambda: mean_loss(lambda batch: self.batch_loss(self.policy, batch, on_validation), held_out),
+            seen,
+            self.config.training,
+            seed,
+            "fine-tuning",  # the same batches for every agent: paired comparisons share their noise
+            after_check,
+        )
+        self.record = fit_record(record)
+        return self
+
+    def log_probs(self, observations: Observations) -> NDArray[np.float32]:
+        return backbone_log_probs(self.policy, observations)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.policy.state_dict()
+
+    def shape(self) -> dict[str, Any]:
+        return backbone_shape(self.policy)
+
+    def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
+        self.policy = build_backbone(shape)
+        self.policy.load_state_dict(state)
+        self.policy.eval()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an agent is given to work with.
+
+    Attributes:
+        reference: π_ref, frozen.
+        rewards: the ensemble, where the agent needs it.
+        seed, purpose: of what a problem draws.
+    """
+
+    reference: HSTU
+    rewards: RewardEnsemble | None
+    seed: int = 0
+    purpose: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A log as a loss sees it.
+
+    Attributes:
+        histories: the log.
+        reference: π_ref, frozen.
+        table: r̂ on every prefix of the log, where the agent needs it.
+        extra: tensors of the agent's own, a row a user.
+    """
+
+    histories: Histories
+    reference: HSTU
+    table: RewardTable | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+def required_parts(
+    agent: Agent, log: InteractionLog, backbone: HSTU | None, rewards: RewardEnsemble | None
+) -> Parts:
+    """The backbone, frozen, and the ensemble.
+
+    Raises:
+        ConfigError: one that the agent needs is missing or belongs to another catalogue.
+    """
+    if backbone is None:
+        raise ConfigError(f"{agent.name} continues a backbone; give fit(log, backbone) one from pretrain(log)")
+    if agent.needs_ensemble and rewards is None:
+        message = f"{agent.name} learns from a reward ensemble; give fit(log, backbone, rewards) one"
+        raise ConfigError(f"{message} from fit_reward_ensemble(log, backbone)")
+    for part in (backbone, rewards):
+        if part is not None and part.n_titles != log.n_titles:
+            kind = type(part).__name__
+            raise ConfigError(f"the log has {log.n_titles} titles and the {kind} {part.n_titles}")
+    reference = copy.deepcopy(backbone).eval().requires_grad_(False)
+    return Parts(reference, rewards)
+
+
+def mean_loss(loss: Callable[[Batch], Tensor], histories: Histories) -> float:
+    """The mean of a loss over all users of a log, weighted by events."""
+    total, events = 0.0, 0
+    for batch in histories.chunks():
+        count = int(batch.valid.sum())
+        total += loss(batch).item() * count
+        events += count
+    return total / events
+
+
+def masked_mean(values: Tensor, batch: Batch) -> Tensor:
+    """The mean of (B, T) values over real events, a scalar."""
+    return (values * batch.valid).sum() / batch.valid.sum()
+
+
+def normalised(weights: Tensor, batch: Batch) -> Tensor:
+    """(B, T) weights of mean 1 over the real events of a batch; all 1 where they are all 0."""
+    mean = masked_mean(weights, batch)
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-12), torch.ones_like(weights))
+
+
+def fit_record(record: TrainingRecord, samples: int = 0) -> FitRecord:
+    """The part of a training record that reports show."""
+    return FitRecord(gradient_steps=record.steps, best_step=record.best_step, samples=samples)
+
+
+@torch.no_grad()
+def last_logits(
+    score: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Observations, chunk: int = 512
+) -> Tensor:
+    """(n, I) scores of all titles after the whole histories, seen titles at -inf."""
+    parts = []
+    for start in range(0, len(observations), chunk):
+        part = observations[slice(start, start + chunk)]
+        logits = score(*tensors(part))
+        parts.append(logits.masked_fill(torch.from_numpy(part.seen()), -torch.inf))
+    return torch.cat(parts)
+
+
+def backbone_log_probs(backbone: HSTU, observations: Observations) -> NDArray[np.float32]:
+    """(n, I) log-softmax of a backbone's logits over unseen titles."""
+    logits = last_logits(lambda *history: backbone.logits(backbone.encode_last(*history)), observations)
+    return torch.log_softmax(logits, dim=-1).numpy()
+
+
+def backbone_shape(backbone: HSTU) -> dict[str, Any]:
+    """What `build_backbone` needs."""
+    return {"n_titles": backbone.n_titles, "backbone": configs.to_dict(backbone.config)}
+
+
+def build_backbone(shape: dict[str, Any]) -> HSTU:
+    """An untrained backbone of a saved shape."""
+    return HSTU(configs.from_dict(HSTUConfig, shape["backbone"]), int(shape["n_titles"]))
+
+
+def unmasked(logits: Tensor) -> Tensor:
+    """(…, I) bool: which titles have not been seen."""
+    return logits > MASKED / 2
+
+

@@ -1,0 +1,133 @@
+"""Conservative Q-learning (arXiv:2006.04779, eq. 4) in the one-step bandit: ½(Q(x,a) − r)² + α(log Σ exp Q − Q(x,a)).
+
+Fixed point in tabular contexts: Q = r − α(softmax(Q)/μ − 1).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsim_gr.agents.base import (
+    AfterCheck,
+    Agent,
+    FineTuningConfig,
+    backbone_shape,
+    build_backbone,
+    fit_record,
+    last_logits,
+    masked_mean,
+    mean_loss,
+    register,
+    required_parts,
+)
+from recsim_gr.backbone import HSTU
+from recsim_gr.configs import require
+from recsim_gr.log import InteractionLog
+from recsim_gr.observations import Observations
+from recsim_gr.randomness import derived_seed
+from recsim_gr.rewards import RewardEnsemble, Scorer
+from recsim_gr.training import Batch, Histories, prefix_mask, prefix_states, split_logs, train
+
+
+@dataclass(frozen=True)
+class CQLConfig(FineTuningConfig):
+    """How conservative, and how it acts."""
+
+    alpha: float = 1.0
+    """α, the weight of the conservative term: the value of CQL's discrete implementations."""
+    temperature: float = 1.0
+    """Of the softmax policy it samples from; its rankings do not depend on it. 1 is the temperature of the loss's
+    own log Σ exp Q."""
+    head_rate: float = 3.0
+    """The Q head's learning rate over the backbone's, as in the reward ensemble: it starts from nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.alpha >= 0, self, "alpha", "0 or more")
+        require(self.temperature > 0, self, "temperature", "positive")
+        require(self.head_rate > 0, self, "head_rate", "positive")
+
+
+def cql_loss(q: Tensor, chosen: Tensor, rewards: Tensor, alpha: float) -> Tensor:
+    """½(Q(x,a) − r)² + α(log Σ_a' exp Q(x,a') − Q(x,a)), per example.
+
+    Args:
+        q: (B, T, I), very negative for seen titles.
+        chosen: (B, T) the logged titles.
+        rewards: (B, T) the observed scores.
+        alpha: α.
+    """
+    if q.ndim != 3 or chosen.shape != q.shape[:2] or rewards.shape != chosen.shape:
+        shapes = f"{tuple(q.shape)}, {tuple(chosen.shape)}, {tuple(rewards.shape)}"
+        raise ValueError(f"cql_loss takes (B, T, I), (B, T), (B, T), got {shapes}")
+    own = q.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return 0.5 * (own - rewards) ** 2 + alpha * (torch.logsumexp(q, dim=-1) - own)
+
+
+@register
+class CQL(Agent):
+    """A Q function on the backbone, with a head like the reward model's; ranks by Q, samples from softmax(Q/T)."""
+
+    name = "CQL"
+    config_type = CQLConfig
+    uses_rewards = True
+    q_function: Scorer
+
+    def fit(
+        self,
+        log: InteractionLog,
+        backbone: HSTU | None = None,
+        rewards: RewardEnsemble | None = None,
+        validation: InteractionLog | None = None,
+        seed: int = 0,
+        after_check: AfterCheck | None = None,
+    ) -> Self:
+        reference = required_parts(self, log, backbone, rewards).reference
+        histories, held_out = (Histories(part) for part in split_logs(log, validation))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, "Q head"))
+            mean = float(histories.scores[histories.valid].mean())
+            self.q_function = Scorer(copy.deepcopy(reference).requires_grad_(True), mean)
+        record = train(
+            self.q_function,
+            self._batch_loss,
+            lambda: mean_loss(self._batch_loss, held_out),
+            histories,
+            self.config.training,
+            seed,
+            "fine-tuning",
+            after_check,
+            self.q_function.groups(self.config.head_rate),
+        )
+        self.record = fit_record(record)
+        return self
+
+    def log_probs(self, observations: Observations) -> NDArray[np.float32]:
+        scaled = last_logits(self.q_function, observations) / self.config.temperature
+        return torch.log_softmax(scaled, dim=-1).numpy()
+
+    def scores(self, observations: Observations) -> NDArray[np.float32]:
+        return last_logits(self.q_function, observations).numpy()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.q_function.state_dict()
+
+    def shape(self) -> dict[str, Any]:
+        return backbone_shape(self.q_function.backbone)
+
+    def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
+        self.q_function = Scorer(build_backbone(shape), 0.0)
+        self.q_function.load_state_dict(state)
+        self.q_function.eval()
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        backbone = self.q_function.backbone
+        q = self.q_function.head.all_titles(prefix_states(backbone, batch), backbone)
+        q = q + prefix_mask(batch.titles, backbone.n_titles)
+        chosen = batch.titles.clamp(max=backbone.n_titles - 1)
+        return masked_mean(cql_loss(q, chosen, batch.scores, self.config.alpha), batch)

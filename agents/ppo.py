@@ -1,0 +1,201 @@
+"""Proximal policy optimisation (arXiv:1707.06347): stable-baselines3's, in the reward model's own environment.
+
+The agent draws a title for a context of the log and is paid r̂(x,a) − λ·log(π(a|x)/π_ref(a|x)) by the reward ensemble.
+Optimum in tabular contexts: π = π_ref·exp(r̂/λ)/Z.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import gymnasium as gym
+import torch
+from stable_baselines3 import PPO as StableBaselinesPPO
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+import recsim_gr  # noqa: F401  (registers RewardModel-v0)
+from recsim_gr.agents.base import AfterCheck, BackboneAgent, FineTuningConfig, FitRecord, register, required_parts
+from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, masked_log_probs
+from recsim_gr.backbone import HSTU
+from recsim_gr.configs import require
+from recsim_gr.errors import TrainingError
+from recsim_gr.log import InteractionLog
+from recsim_gr.randomness import derived_seed
+from recsim_gr.rewards import RewardEnsemble, RewardTable
+from recsim_gr.training import Batch, Histories, TrainingRecord, prefix_logits, split_logs
+
+
+@dataclass(frozen=True)
+class PPOConfig(FineTuningConfig):
+    """What PPO is paid, and how it samples. Steps, rate and checks are those of ``training``."""
+
+    kl_weight: float = 0.1
+    """λ, in points of the score a nat: two titles a point apart may end up e^10 apart from π_ref."""
+    n_envs: int = 512
+    """Contexts stepped at once."""
+    rollout: int = 2_048
+    """Samples between updates: stable-baselines3's default."""
+    epochs: int = 4
+    """Passes over a rollout: enough to be worth its sampling, few enough for the clip."""
+    minibatch: int = 256
+    """Samples a gradient step; a sample here is one context, where imitation has all prefixes of 64 users."""
+    clip_range: float = 0.2
+    """The paper's."""
+    learning_rate: float = 1e-3
+    """Peak rate of Adam, decaying linearly to 0; it replaces ``training``'s, whose loss is of another scale."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kl_weight >= 0, self, "kl_weight", "0 or more")
+        for name in ("n_envs", "rollout", "epochs", "minibatch"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.rollout % self.n_envs == 0, self, "rollout", f"a multiple of n_envs ({self.n_envs})")
+        require(self.rollout % self.minibatch == 0, self, "rollout", f"a multiple of {self.minibatch}")
+        require(self.clip_range > 0, self, "clip_range", "positive")
+        require(self.learning_rate > 0, self, "learning_rate", "positive")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Gradient steps between two rollouts."""
+        return self.epochs * self.rollout // self.minibatch
+
+    @property
+    def rollouts(self) -> int:
+        """As many as give the gradient steps of ``training``, at least one."""
+        return max(1, round(self.training.steps / self.steps_per_rollout))
+
+
+@register
+class PPO(BackboneAgent):
+    """stable-baselines3's PPO on the backbone, paid by the reward ensemble, held to π_ref by KL in the reward."""
+
+    name = "PPO"
+    config_type = PPOConfig
+    uses_rewards = True
+    needs_ensemble = True
+
+    def fit(
+        self,
+        log: InteractionLog,
+        backbone: HSTU | None = None,
+        rewards: RewardEnsemble | None = None,
+        validation: InteractionLog | None = None,
+        seed: int = 0,
+        after_check: AfterCheck | None = None,
+    ) -> Self:
+        reference = required_parts(self, log, backbone, rewards).reference
+        assert rewards is not None
+        train_log, held_out_log = split_logs(log, validation)
+        held_out, table = Histories(held_out_log), rewards.on(held_out_log)
+        with contained_randomness():
+            learner = self._learner(train_log, reference, rewards, seed)
+            policy: HSTU = learner.policy.backbone  # type: ignore[assignment]
+            watch = _Watch(
+                self.config,
+                reference,
+                lambda: -penalised_reward(policy, reference, held_out, table, self.config.kl_weight),
+                after_check,
+            )
+            learner.learn(self.config.rollouts * self.config.rollout, callback=watch)
+            learner.get_env().close()  # type: ignore[union-attr]
+        self.policy = copy.deepcopy(policy)
+        self.policy.load_state_dict(watch.best)
+        self.policy.eval()
+        steps = self.config.rollouts * self.config.steps_per_rollout
+        self.record = FitRecord(steps, watch.record.best_step, self.config.rollouts * self.config.rollout)
+        return self
+
+    def _learner(
+        self, log: InteractionLog, reference: HSTU, rewards: RewardEnsemble, seed: int
+    ) -> StableBaselinesPPO:
+        config = self.config
+        envs = gym.make_vec(
+            "recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log
+        )
+        return StableBaselinesPPO(
+            BackbonePolicy,
+            BatchedVecEnv(envs, seed=derived_seed(seed, "PPO contexts") % 2**31),
+            learning_rate=lambda left: config.learning_rate * left,
+            n_steps=config.rollout // config.n_envs,
+            batch_size=config.minibatch,
+            n_epochs=config.epochs,
+            gamma=1.0,  # episodes are one step long
+            gae_lambda=1.0,
+            clip_range=config.clip_range,
+            policy_kwargs={"backbone": reference},
+            seed=derived_seed(seed, "PPO") % 2**31,
+            device="cpu",
+        )
+
+
+@torch.no_grad()
+def penalised_reward(
+    policy: HSTU, reference: HSTU, histories: Histories, table: RewardTable, kl_weight: float
+) -> float:
+    """E_x[Σ_a π(a|x)·r̂(x,a) − λ·KL(π ‖ π_ref)] over all prefixes of a log: what PPO climbs, exact over actions."""
+    total, events = 0.0, 0
+    for batch in histories.chunks():
+        total += (_penalised(policy, reference, batch, table, kl_weight) * batch.valid).sum().item()
+        events += int(batch.valid.sum())
+    return total / events
+
+
+def _penalised(policy: HSTU, reference: HSTU, batch: Batch, table: RewardTable, kl_weight: float) -> Tensor:
+    """(B, T)."""
+    own = torch.log_softmax(prefix_logits(policy, batch), dim=-1)
+    ref = torch.log_softmax(prefix_logits(reference, batch), dim=-1)
+    weight = own.exp()
+    return (weight * (table.mean(batch.rows) - kl_weight * (own - ref))).sum(dim=-1)
+
+
+class _Watch(BaseCallback):
+    """Puts the KL term into the reward, and keeps the state that is best on validation users."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        reference: HSTU,
+        objective: Callable[[], float],
+        after_check: AfterCheck | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.reference, self.objective, self.after_check = config, reference, objective, after_check
+        self.record = TrainingRecord(config.rollouts * config.steps_per_rollout)
+        self.best: dict[str, Tensor] = {}
+        checks = config.training.checks
+        self.check_at = {0} | {round(config.rollouts * k / checks) for k in range(1, checks + 1)}
+        self.rollouts = 0
+
+    def _on_step(self) -> bool:
+        """Subtracts λ·log(π/π_ref) from the rewards that are about to enter the buffer, in place."""
+        observations, titles = self.locals["obs_tensor"], torch.from_numpy(self.locals["actions"])
+        with torch.no_grad():
+            state = self.reference.encode_last(
+                observations["titles"], observations["scores"], observations["times"]
+            )
+            reference = masked_log_probs(self.reference, state, observations["titles"])
+        log_ratio = self.locals["log_probs"] - reference.gather(1, titles[:, None])[:, 0]
+        self.locals["rewards"] -= self.config.kl_weight * log_ratio.numpy()
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._check()
+        self.rollouts += 1
+
+    def _on_training_end(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        if self.rollouts not in self.check_at:
+            return
+        step = self.rollouts * self.config.steps_per_rollout
+        policy: Any = self.model.policy.backbone  # type: ignore[union-attr]
+        value = self.objective()
+        if value != value:
+            raise TrainingError(f"PPO diverged: its objective is NaN after {step} steps; lower learning_rate")
+        if self.record.notes(step, value):
+            self.best = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
+        if self.after_check is not None:
+            self.after_check(step, value)

@@ -1,0 +1,287 @@
+"""One training loop for everything that learns from a log: warm-up, cosine decay, the best state on validation users.
+
+Every agent, the pretraining and the reward ensemble go through `train`, so that "the same steps, batches, schedule and
+early-stopping rule" is one piece of code and not a promise.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsim_gr.backbone import HSTU
+from recsim_gr.configs import require, require_finite_numbers
+from recsim_gr.errors import ConfigError, TrainingError
+from recsim_gr.log import InteractionLog
+from recsim_gr.observations import Observations
+from recsim_gr.randomness import derived_seed, generator
+
+MASKED = -1e9
+"""Added to the logits of seen titles: exp of it is exactly 0 in float32, and its gradient too."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast something is trained."""
+
+    steps: int = 320
+    """Gradient steps: five passes over 4,000 users at 64 a batch, and ten rollouts of PPO."""
+    batch_users: int = 64
+    """Users a batch, all their prefixes at once: with 20 events 1,280 contexts. Larger batches learn little but
+    popularity in the same time."""
+    learning_rate: float = 3e-3
+    """Peak rate of AdamW; a third of the pretraining's, since the agents start from what it learned."""
+    weight_decay: float = 0.01
+    """AdamW's default."""
+    warmup_steps: int = 30
+    """Linear warm-up, about a tenth of the default run; the rest decays as a cosine to 0."""
+    checks: int = 6
+    """How often the validation objective is measured, at even distances, the last time at the end; the state with
+    the lowest is kept, and the start counts as a state."""
+
+    def __post_init__(self) -> None:
+        require_finite_numbers(self)
+        for name in ("steps", "batch_users", "checks"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.learning_rate > 0, self, "learning_rate", "positive")
+        for name in ("weight_decay", "warmup_steps"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, as a share of the peak."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+
+    def is_check(self, done: int) -> bool:
+        """Whether the validation objective is measured after ``done`` steps."""
+        marks = {round(self.steps * k / self.checks) for k in range(1, self.checks + 1)}
+        return done in marks
+
+
+@dataclass
+class TrainingRecord:
+    """What a training run did.
+
+    Attributes:
+        steps: gradient steps taken.
+        best_step: after how many of them the kept state stood; 0 is the start.
+        best_objective: the validation objective there, lower is better.
+        objectives: (step, validation objective) along the run.
+    """
+
+    steps: int
+    best_step: int = 0
+    best_objective: float = math.inf
+    objectives: list[tuple[int, float]] = field(default_factory=list)
+
+    def notes(self, step: int, objective: float) -> bool:
+        """Writes an objective down; whether it is the lowest so far."""
+        self.objectives.append((step, objective))
+        if objective < self.best_objective:
+            self.best_step, self.best_objective = step, objective
+            return True
+        return False
+
+
+class Batch(NamedTuple):
+    """Histories of B users of up to T events, as tensors.
+
+    Attributes:
+        rows: (B,) which users of the log.
+        titles: (B, T) int64, padding n_titles.
+        scores, times: (B, T) float32.
+        valid: (B, T) bool, false on padding.
+    """
+
+    rows: Tensor
+    titles: Tensor
+    scores: Tensor
+    times: Tensor
+    valid: Tensor
+
+
+class Histories:
+    """A log as tensors, a row a user.
+
+    Args:
+        log: anything but an empty one.
+
+    Raises:
+        ConfigError: the log is empty.
+    """
+
+    def __init__(self, log: InteractionLog) -> None:
+        if len(log) == 0:
+            raise ConfigError("the log is empty; generate_log(n_users=...) makes one with events")
+        self.observations = log.sequences()
+        self.n_titles = log.n_titles
+        obs = self.observations
+        self.titles, self.scores, self.times = tensors(obs)
+        self.valid = torch.arange(self.titles.shape[1]) < torch.from_numpy(obs.length)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest history."""
+        return self.titles.shape[1]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The histories at ``rows``."""
+        return Batch(rows, self.titles[rows], self.scores[rows], self.times[rows], self.valid[rows])
+
+    def chunks(self, users: int = 256) -> Iterator[Batch]:
+        """All histories in order, ``users`` at a time."""
+        for rows in torch.arange(len(self)).split(users):
+            yield self.batch(rows)
+
+
+def tensors(observations: Observations) -> tuple[Tensor, Tensor, Tensor]:
+    """Titles, scores and times of observations, sharing their memory."""
+    return tuple(  # type: ignore[return-value]
+        torch.from_numpy(np.ascontiguousarray(x))
+        for x in (observations.titles, observations.scores, observations.times)
+    )
+
+
+def prefix_states(backbone: HSTU, batch: Batch) -> Tensor:
+    """(B, T, d): the state before each event; every prefix of every history is one context."""
+    return backbone.encode(batch.titles[:, :-1], batch.scores[:, :-1], batch.times[:, :-1])
+
+
+def prefix_mask(titles: Tensor, n_titles: int) -> Tensor:
+    """(B, T, I) float32: `MASKED` where a title stands among the first t events, 0 elsewhere."""
+    steps = titles.shape[1]
+    kind = torch.int8 if steps < 127 else torch.int32  # a quarter of the bytes for the comparison below
+    order = torch.arange(steps, dtype=kind)
+    seen_at = torch.full((len(titles), n_titles + 1), steps, dtype=kind)
+    seen_at.scatter_(1, titles, order.expand_as(titles))
+    seen_at = seen_at[:, :n_titles]
+    return (seen_at[:, None, :] < order[:, None]).float().mul_(MASKED)
+
+
+def prefix_logits(backbone: HSTU, batch: Batch, states: Tensor | None = None) -> Tensor:
+    """(B, T, I): logits of every title before each event, seen titles at `MASKED`."""
+    states = prefix_states(backbone, batch) if states is None else states
+    mask = prefix_mask(batch.titles, backbone.n_titles)
+    titles = backbone.title_directions().T.expand(len(states), -1, -1)
+    return torch.baddbmm(mask, states, titles)  # adds the mask in the product's own pass over memory
+
+
+def chosen_log_probs(logits: Tensor, batch: Batch) -> Tensor:
+    """(B, T): log π of the title chosen at each event; 0 on padding."""
+    targets = batch.titles.masked_fill(~batch.valid, -100)
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    objective: Callable[[], float],
+    histories: Histories,
+    config: TrainingConfig,
+    seed: int,
+    purpose: str,
+    after_check: Callable[[int, float], None] | None = None,
+    parameter_groups: list[dict[str, object]] | None = None,
+) -> TrainingRecord:
+    """Minimises ``loss`` over batches of users and leaves ``module`` in its best state on validation.
+
+    Args:
+        module: what is trained; its parameters are those optimised.
+        loss: the mean loss of a batch, a scalar.
+        objective: the objective on validation users, lower is better; called without gradients, in eval mode.
+        histories: the training log.
+        config: the schedule.
+        seed, purpose: name the stream of the batches and of dropout.
+        after_check: told every check's step and objective, for progress bars.
+        parameter_groups: optimiser groups where parts learn at other rates (``scale``, a factor on the rate).
+
+    Raises:
+        TrainingError: a loss or an objective that is not finite.
+    """
+    batches = generator(seed, f"batches of {purpose}")
+    groups = parameter_groups or [{"params": list(module.parameters())}]
+    optimiser = torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    scales = [float(group.get("scale", 1.0)) for group in optimiser.param_groups]
+    record = TrainingRecord(config.steps)
+    record.notes(0, _measure(module, objective, purpose, 0))
+    best = _copy(module)
+    rows = _endless_rows(len(histories), config.batch_users, batches)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, f"dropout of {purpose}"))
+        module.train()
+        for step in range(config.steps):
+            for group, scale in zip(optimiser.param_groups, scales, strict=True):
+                group["lr"] = scale * config.learning_rate * config.rate(step)
+            value = loss(histories.batch(next(rows)))
+            if not torch.isfinite(value):
+                raise TrainingError(
+                    f"{purpose} diverged: loss {value.item()} at step {step} of {config.steps}; "
+                    f"lower its learning rate ({config.learning_rate})"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            optimiser.step()
+            if config.is_check(step + 1):
+                measured = _measure(module, objective, purpose, step + 1)
+                if record.notes(step + 1, measured):
+                    best = _copy(module)
+                if after_check is not None:
+                    after_check(step + 1, measured)
+    module.load_state_dict(best)
+    module.eval()
+    return record
+
+
+def split_logs(
+    log: InteractionLog, validation: InteractionLog | None
+) -> tuple[InteractionLog, InteractionLog]:
+    """Training and validation logs: the two given, or nine tenths and one tenth of the users of the one.
+
+    Raises:
+        ConfigError: a log too short to be split, or logs over different catalogues.
+    """
+    if validation is not None:
+        if validation.n_titles != log.n_titles:
+            raise ConfigError(
+                f"the validation log has {validation.n_titles} titles and the training log {log.n_titles}; "
+                "both must come from one world"
+            )
+        return log, validation
+    starts = np.flatnonzero(log.step == 0)
+    if len(starts) < 2:
+        raise ConfigError(f"a log of {len(starts)} users cannot be split; give a validation log, or more users")
+    cut = int(starts[len(starts) - max(1, len(starts) // 10)])
+    return log.rows(slice(0, cut)), log.rows(slice(cut, len(log)))
+
+
+def _measure(module: nn.Module, objective: Callable[[], float], purpose: str, step: int) -> float:
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        value = float(objective())
+    module.train(was_training)
+    if not math.isfinite(value):
+        raise TrainingError(f"{purpose} diverged: validation objective {value} after step {step}")
+    return value
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _endless_rows(n: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Batches of user rows: every user once an epoch, in a new order each time; a remainder is left out."""
+    size = min(size, n)
+    while True:
+        order = torch.from_numpy(rng.permutation(n))
+        yield from order[: n // size * size].split(size)

@@ -1,0 +1,279 @@
+"""The contract of a noise model, run over every one that is registered, and the closed forms of each."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import integrate
+
+from recsim_gr.errors import ConfigError, UnknownNameError
+from recsim_gr.noise import NOISE_MODELS, GaussianNoise, RewardNoise, Scores, WatchTimeNoise, noise_model
+from recsim_gr.randomness import uniforms
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+models = pytest.mark.parametrize("name", NOISE_MODELS)
+dials = st.floats(0.0, 1.0)
+satisfactions = st.one_of(st.sampled_from([1.0, 5.0]), st.floats(1.0, 5.0))
+minutes = st.floats(0.5, 1_000.0)
+
+FloatArray = NDArray[np.float64]
+EVENTS = 20_000
+
+
+def events(model: RewardNoise, n: int = EVENTS) -> FloatArray:
+    """(n, k) uniforms for n events, always the same."""
+    return uniforms(0, "noise", np.arange(n), model.uniforms_per_event)
+
+
+def sample(model: RewardNoise, s: float, free_time: float, duration: float, n: int = EVENTS) -> Scores:
+    """n events of one user with one title."""
+    return model.sample(np.array(s), np.array(free_time), np.array(duration), events(model, n))
+
+
+def expected(model: RewardNoise, s: float, free_time: float, duration: float) -> float:
+    return float(model.expected(np.array(s), np.array(free_time), np.array(duration)))
+
+
+# ------------------------------------------------------------------------------------------ every registered model
+
+
+@models
+@PROPERTY
+@given(dials, satisfactions, minutes, minutes)
+def test_the_mean_of_the_scores_is_the_expected_score(
+    name: str, dial: float, s: float, free_time: float, duration: float
+) -> None:
+    model = noise_model(name, dial)
+    scores = sample(model, s, free_time, duration).score
+    four_errors = 4 * scores.std() / math.sqrt(len(scores))
+    assert abs(scores.mean() - expected(model, s, free_time, duration)) <= four_errors + 1e-9
+
+
+@models
+@PROPERTY
+@given(dials, satisfactions, minutes, minutes)
+def test_samples_keep_to_their_ranges(
+    name: str, dial: float, s: float, free_time: float, duration: float
+) -> None:
+    model = noise_model(name, dial)
+    u = events(model, 500)
+    u[0], u[1] = 2.0**-54, 1.0 - 2.0**-53  # the ends of what `uniforms` can return
+    drawn = model.sample(np.array(s), np.array(free_time), np.array(duration), u)
+    assert drawn.score.shape == drawn.watched.shape == drawn.exogenous.shape == (500,)
+    assert drawn.exogenous.dtype == bool
+    assert np.isfinite(drawn.score).all()
+    assert ((drawn.watched >= 0.0) & (drawn.watched <= 1.0)).all()
+    if model.bounded:
+        assert ((drawn.score >= 1.0) & (drawn.score <= 5.0)).all()
+
+
+@models
+@PROPERTY
+@given(dials, dials)
+def test_what_is_exogenous_at_one_dial_is_so_at_every_higher_one(name: str, one: float, other: float) -> None:
+    low, high = (sample(noise_model(name, dial), 3.0, 40.0, 40.0, 2_000) for dial in sorted((one, other)))
+    assert not (low.exogenous & ~high.exogenous).any()
+
+
+@models
+def test_dial_0_is_all_but_the_truth(name: str) -> None:
+    model = noise_model(name, 0.0)
+    truth = 1.0 + 4.0 * uniforms(1, "truth", np.arange(EVENTS), 1)[:, 0]
+    drawn = model.sample(truth, np.array(40.0), np.array(40.0), events(model))
+    # The most noise that "all but" may mean is watch time's: 5 % of a fraction uniform on [0, 1] has a root mean
+    # square of .05·4·sqrt(1/3) = .115 on the scale of scores.
+    assert np.sqrt(np.mean((drawn.score - truth) ** 2)) < 0.12
+    assert np.corrcoef(drawn.score, truth)[0, 1] ** 2 > 0.98
+    assert not drawn.exogenous.any()
+    mean = model.expected(truth, np.array(40.0), np.array(40.0))
+    # cutting at 1 costs the most at satisfaction 5, where half of the factors are cut: 4·.05·φ(0) = .080
+    assert np.abs(mean - truth).max() < 0.081
+
+
+@models
+def test_more_dial_is_less_signal(name: str) -> None:
+    truth = 1.0 + 4.0 * uniforms(1, "truth", np.arange(EVENTS), 1)[:, 0]
+    signal = []
+    for dial in (0.0, 0.25, 0.5, 0.75, 1.0):
+        model = noise_model(name, dial)
+        score = model.sample(truth, np.array(40.0), np.array(40.0), events(model)).score
+        signal.append(np.corrcoef(score, truth)[0, 1] ** 2)
+    assert all(above > below for above, below in zip(signal, signal[1:], strict=False))
+    # scores of dial 1: nothing under watch time; 1.33 of 1.33 + 16 = 8 % under Gaussian noise
+    assert signal[-1] < 0.1
+
+
+@models
+@PROPERTY
+@given(dials, st.integers(0, 2**32 - 1))
+def test_events_do_not_know_of_each_other(name: str, dial: float, seed: int) -> None:
+    model, rng = noise_model(name, dial), np.random.default_rng(seed)
+    s, free_time, duration = 1.0 + 4.0 * rng.random(30), 40.0 * rng.random(30) + 1, 90.0 * rng.random(30) + 1
+    u, order = events(model, 30), rng.permutation(30)
+    drawn = model.sample(s, free_time, duration, u)
+    shuffled = model.sample(s[order], free_time[order], duration[order], u[order])
+    for one, other in zip(drawn, shuffled, strict=True):
+        np.testing.assert_array_equal(one[order], other)
+
+
+@models
+def test_arguments_broadcast(name: str) -> None:
+    model = noise_model(name, 0.5)
+    s, free_time, duration = np.full((3, 4), 2.0), np.arange(1.0, 4.0)[:, None], np.arange(1.0, 5.0)
+    whole = model.expected(s, free_time, duration)
+    assert whole.shape == (3, 4)
+    assert whole[2, 1] == pytest.approx(expected(model, 2.0, 3.0, 2.0), rel=1e-12)
+    assert model.expected(np.array(2.0), free_time, duration).shape == (3, 4)
+    drawn = model.sample(s, free_time, duration, events(model, 12).reshape(3, 4, -1))
+    assert drawn.score.shape == drawn.watched.shape == drawn.exogenous.shape == (3, 4)
+
+
+@models
+def test_the_expected_score_is_a_fresh_array(name: str) -> None:
+    truth = np.full(3, 2.0)
+    noise_model(name, 0.5).expected(truth, np.array(1.0), np.array(1.0))[:] = 0.0
+    assert truth.tolist() == [2.0, 2.0, 2.0]
+
+
+@models
+@pytest.mark.parametrize("dial", [1.5, -1, -1e-9, math.nan, math.inf, -math.inf, True, "0.5", None])
+def test_a_dial_outside_0_to_1_is_refused_by_name(name: str, dial: object) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        noise_model(name, dial)  # type: ignore[arg-type]
+    assert f"{NOISE_MODELS[name].__name__}.dial must be" in str(refusal.value)
+    assert repr(dial) in str(refusal.value)
+
+
+def test_an_unknown_model_lists_those_that_there_are() -> None:
+    with pytest.raises(UnknownNameError) as refusal:
+        noise_model("laplace", 0.5)
+    assert str(refusal.value) == f"no noise model 'laplace'; there are {', '.join(NOISE_MODELS)}"
+
+
+# ---------------------------------------------------------------------------------------------------- watch time
+
+
+@PROPERTY
+@given(dials, satisfactions, minutes, minutes, st.floats(0.005, 1.0))
+def test_watch_time_has_the_mean_that_quadrature_finds(
+    dial: float, s: float, free_time: float, duration: float, small_noise: float
+) -> None:
+    # Ordinary: the mean of min(1, m·exp(σz)) over standard normal z, m = (s−1)/4. Exogenous: the mean of
+    # min(1, T/D) over T exponential of mean τ. Both integrands have a kink, where the minimum changes sides.
+    m = (s - 1.0) / 4.0
+
+    def ordinary(z: float) -> float:
+        return math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi) * min(1.0, m * math.exp(small_noise * z))
+
+    def exogenous(t: float) -> float:
+        return math.exp(-t) * min(1.0, t * free_time / duration)
+
+    kink = min(max(-math.log(m) / small_noise, -12.0), 12.0) if m > 0 else 12.0
+    watched = _integral(ordinary, -12.0, kink, 12.0)
+    cut = min(duration / free_time, 60.0)
+    session = _integral(exogenous, 0.0, cut, 60.0)
+    by_quadrature = 1.0 + 4.0 * ((1.0 - dial) * watched + dial * session)
+    model = WatchTimeNoise(dial=dial, small_noise=small_noise)
+    assert expected(model, s, free_time, duration) == pytest.approx(by_quadrature, abs=1e-8)
+
+
+def _integral(f: object, low: float, middle: float, high: float) -> float:
+    pieces = [integrate.quad(f, a, b, epsabs=1e-12, limit=200)[0] for a, b in ((low, middle), (middle, high))]
+    return float(sum(pieces))
+
+
+def test_watch_time_by_hand() -> None:
+    # s = 3 is a fraction of 1/2, far from the cut; τ = D: E min(1, T/D) = 1 − 1/e = .632, a score of 3.528;
+    # at dial 1/2: (3 + 3.528)/2 = 3.264. The small noise adds 2·(exp(.05²/2) − 1)/2 = .00125 to the mean.
+    mean = expected(WatchTimeNoise(dial=0.5), 3.0, 40.0, 40.0)
+    assert mean == pytest.approx(3.264241 + 0.001251, abs=2e-6)
+    # One event: u = (.9, .5, ·) is ordinary at dial .5 with factor exp(0) = 1, so the score is s itself.
+    # u = (.1, ·, 1 − 1/e) is exogenous: T = τ, and half of a title of 2τ is watched: 1 + 4/2 = 3.
+    u = np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 1.0 - math.exp(-1.0)]])
+    drawn = WatchTimeNoise(dial=0.5).sample(np.array(2.0), np.array(30.0), np.array(60.0), u)
+    assert drawn.exogenous.tolist() == [False, True]
+    np.testing.assert_allclose(drawn.score, [2.0, 3.0], rtol=1e-12)
+    np.testing.assert_allclose(drawn.watched, [0.25, 0.5], rtol=1e-12)
+
+
+@PROPERTY
+@given(dials, satisfactions, minutes, minutes)
+def test_watch_time_is_the_score_and_the_dial_its_exogenous_share(
+    dial: float, s: float, free_time: float, duration: float
+) -> None:
+    drawn = sample(WatchTimeNoise(dial=dial), s, free_time, duration)
+    np.testing.assert_array_equal(drawn.score, 1.0 + 4.0 * drawn.watched)
+    assert abs(drawn.exogenous.mean() - dial) <= 4 * math.sqrt(dial * (1 - dial) / EVENTS) + 1e-12
+
+
+@PROPERTY
+@given(dials, dials, satisfactions)
+def test_two_dials_of_watch_time_differ_only_where_an_event_changed_sides(
+    one: float, other: float, s: float
+) -> None:
+    a, b = (sample(WatchTimeNoise(dial=dial), s, 40.0, 50.0, 2_000) for dial in (one, other))
+    same = a.exogenous == b.exogenous
+    np.testing.assert_array_equal(a.score[same], b.score[same])
+
+
+@PROPERTY
+@given(satisfactions, satisfactions, minutes, minutes)
+def test_watch_time_at_dial_1_carries_no_satisfaction(
+    one: float, other: float, free_time: float, duration: float
+) -> None:
+    model = WatchTimeNoise(dial=1.0)
+    a, b = (sample(model, s, free_time, duration, 500).score for s in (one, other))
+    np.testing.assert_array_equal(a, b)
+    assert expected(model, one, free_time, duration) == expected(model, other, free_time, duration)
+
+
+@PROPERTY
+@given(st.floats(0.0, 0.99), satisfactions, satisfactions, minutes, minutes)
+def test_the_expected_watch_time_grows_with_satisfaction(
+    dial: float, one: float, other: float, free_time: float, duration: float
+) -> None:
+    low, high = (expected(WatchTimeNoise(dial=dial), s, free_time, duration) for s in sorted((one, other)))
+    assert low <= high + 1e-12
+
+
+def test_short_titles_score_high_whatever_the_satisfaction() -> None:
+    # the bias that the dial mixes in (design §2): 10 minutes of free time finish a title of 5, not one of 100
+    model = WatchTimeNoise(dial=1.0)
+    assert expected(model, 1.0, 10.0, 5.0) > 4.0
+    assert expected(model, 5.0, 10.0, 100.0) < 1.5
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
+def test_the_small_noise_and_the_scale_are_positive(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"WatchTimeNoise\.small_noise must be"):
+        WatchTimeNoise(dial=0.5, small_noise=value)
+    with pytest.raises(ConfigError, match=r"GaussianNoise\.scale must be"):
+        GaussianNoise(dial=0.5, scale=value)
+
+
+# ------------------------------------------------------------------------------------------------------ Gaussian
+
+
+@PROPERTY
+@given(dials, satisfactions, st.floats(0.1, 10.0))
+def test_gaussian_noise_is_unbiased_with_deviation_dial_times_scale(
+    dial: float, s: float, scale: float
+) -> None:
+    model = GaussianNoise(dial=dial, scale=scale)
+    assert expected(model, s, 1.0, 1.0) == s
+    residual = sample(model, s, 1.0, 1.0).score - s
+    # the standard error of a deviation is σ/sqrt(2n)
+    assert abs(residual.std() - dial * scale) <= 4 * dial * scale / math.sqrt(2 * EVENTS) + 1e-12
+
+
+def test_gaussian_noise_by_hand() -> None:
+    # z of u = .975 is 1.959964; dial .5, scale 4: 3 + 2·1.959964 = 6.919928, past the end, so all is watched
+    u = np.array([[0.5, 0.975, 0.5], [0.5, 0.5, 0.5]])
+    drawn = GaussianNoise(dial=0.5).sample(np.array(3.0), np.array(1.0), np.array(1.0), u)
+    np.testing.assert_allclose(drawn.score, [6.919928, 3.0], atol=1e-6)
+    np.testing.assert_allclose(drawn.watched, [1.0, 0.5])
+    assert not drawn.exogenous.any()
