@@ -104,14 +104,9 @@ class BackbonePolicy(ActorCriticPolicy):
         backbone: HSTU,
         **kwargs: Any,
     ) -> None:
-        self._initial = backbone
         kwargs["features_extractor_class"] = _NoFeatures
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        backbone = copy.deepcopy(self._initial).requires_grad_(True)
-        del self._initial
-        self.backbone = backbone
+        self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         self.value_net = nn.Linear(backbone.config.dimensions, 1)
         nn.init.zeros_(self.value_net.weight)
         self.optimizer = self.optimizer_class(
@@ -119,6 +114,9 @@ class BackbonePolicy(ActorCriticPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """The base class would build perceptrons here; the constructor builds what there is to build."""
 
     def set_training_mode(self, mode: bool) -> None:
         """Dropout stays off."""

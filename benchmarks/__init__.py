@@ -2,3 +2,9 @@
 
 if __name__ != "recsim_gr.benchmarks":
     raise ImportError(f"import recsim_gr.benchmarks instead of {__name__}")
+
+from recsim_gr.benchmarks.convergence import Convergence
+from recsim_gr.benchmarks.landscape import Landscape
+from recsim_gr.benchmarks.suite import SUITES, Suite
+
+__all__ = ["SUITES", "Convergence", "Landscape", "Suite"]

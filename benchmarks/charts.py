@@ -6,7 +6,6 @@ signed root of the reliability: half of all noise levels lie below .2 and would 
 """
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,10 +219,11 @@ def readable_domain(rows: Sequence[Row], include: Sequence[float] = (0.0,)) -> t
 # ----------------------------------------------------------------------------------------------------- marks
 
 
-def agent_scales(agents: Sequence[str]) -> dict[str, Any]:
-    """Colour, shape and dash by agent under one legend; clicking its entries isolates agents."""
+def agent_scales(agents: Sequence[str], with_legend: bool) -> dict[str, Any]:
+    """Colour, shape and dash by agent, and the legend where this is the panel that carries it."""
     style = styles_of(agents)
-    legend = alt.Legend(title="agent", symbolSize=80, symbolOpacity=1, labelLimit=190, rowPadding=3)
+    look = alt.Legend(title="agent", symbolSize=80, symbolOpacity=1, labelLimit=190, rowPadding=3)
+    legend = look if with_legend else None
 
     def scale(values: list[Any]) -> alt.Scale:
         return alt.Scale(domain=list(style), range=values)
@@ -243,9 +243,17 @@ def agent_scales(agents: Sequence[str]) -> dict[str, Any]:
     }
 
 
+OWNER = "points_with_legend"
+"""Name of the view that owns the selection; a name of its own keeps specifications the same, run after run."""
+
+
 def isolate() -> alt.Parameter:
-    """The selection behind the legend: click for one agent, shift-click for more, double-click for all."""
-    return alt.selection_point(name="isolate", fields=["agent"], bind="legend", on="click", clear="dblclick")
+    """The selection behind the legend: click for one agent, shift-click for more, double-click for all.
+
+    One panel of a picture has the legend and owns the selection, its other panels only refer to it by name:
+    Vega-Lite 6 binds no selection to a legend that panels share.
+    """
+    return alt.selection_point(name="isolate", fields=["agent"], bind="legend")
 
 
 def lines(
@@ -259,7 +267,7 @@ def lines(
     height: int = HEIGHT,
     width: int = WIDTH,
     zero: float | None = 0.0,
-    selection: alt.Parameter,
+    legend: bool = True,
 ) -> Any:
     """A line an agent over the noise axis, with whiskers and points; what leaves ``domain`` is cut off.
 
@@ -268,7 +276,8 @@ def lines(
     data = alt.Data(values=list(rows))
     x = alt.X("x:Q", **({**axis.encoding, "title": None} if overview else axis.encoding))
     y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=list(domain), nice=False, zero=False))
-    scales = agent_scales([row["agent"] for row in rows])
+    scales = agent_scales([row["agent"] for row in rows], legend)
+    selection = isolate()
     shown = alt.condition(selection, alt.value(1.0), alt.value(0.07))
     tooltip = _line_tooltip(y_title)
     base = alt.Chart(data).encode(x=x, color=scales["color"], opacity=shown, tooltip=tooltip)
@@ -280,16 +289,20 @@ def lines(
         rule = alt.Chart(alt.Data(values=[{"y": zero}]))
         layers.append(rule.mark_rule(color="#999", strokeWidth=1).encode(y=alt.Y("y:Q", title=y_title)))
     if whiskers:
+        # Not `opacity`, for which the PNG renderer draws each whisker on a canvas of its own: four times slower.
         faint = alt.condition(selection, alt.value(0.45), alt.value(0.03))
-        bars = base.transform_filter("isValid(datum.low)").mark_rule(clip=True, strokeWidth=1.2)
-        layers.append(bars.encode(y=alt.Y("low:Q", title=y_title), y2="high:Q", opacity=faint))
+        bars = alt.Chart(data).transform_filter("isValid(datum.low)").mark_rule(clip=True, strokeWidth=1.2)
+        low = alt.Y("low:Q", title=y_title)
+        layers.append(
+            bars.encode(x=x, y=low, y2="high:Q", color=scales["color"], strokeOpacity=faint, tooltip=tooltip)
+        )
     layers.append(
         base.mark_line(clip=True, strokeWidth=2).encode(
             y=y, order=alt.Order("noise:Q"), strokeDash=scales["strokeDash"]
         )
     )
     points = base.mark_point(clip=True, filled=True, size=48).encode(y=y, shape=scales["shape"])
-    layers.append(points.add_params(selection))
+    layers.append(points.properties(name=OWNER).add_params(selection) if legend else points)
     return alt.layer(*layers).properties(width=width, height=height)
 
 
@@ -300,11 +313,11 @@ def scatter(
     y: alt.Y,
     title: str,
     identity: tuple[float, float] | None,
-    selection: alt.Parameter,
+    legend: bool,
     size: int = 215,
 ) -> Any:
     """A small panel with a point an agent; ``identity`` draws the diagonal between its two ends."""
-    scales = agent_scales(agents)
+    scales, selection = agent_scales(agents, legend), isolate()
     shown = alt.condition(selection, alt.value(1.0), alt.value(0.07))
     level = [_tip("noise", "reward noise ν"), _tip("reliability", "reliability")]
     tooltip = ["agent:N", *level, _tip("x", x["title"]), _tip("y", y["title"])]
@@ -316,7 +329,7 @@ def scatter(
     if identity is not None:
         ends = alt.Data(values=[{"x": end, "y": end} for end in identity])
         layers.append(alt.Chart(ends).mark_line(color="#999", strokeWidth=1).encode(x=x, y=y))
-    layers.append(points.add_params(selection))
+    layers.append(points.properties(name=OWNER).add_params(selection) if legend else points)
     return alt.layer(*layers).properties(width=size, height=size, title=title)
 
 
@@ -363,8 +376,8 @@ FIGURES = ("landscape", "place", "judge_against_truth", "overoptimisation", "sup
 """Every figure there can be; the results decide which are drawn."""
 
 WITH_WHISKERS = ("landscape", "place", "overoptimisation")
-PANELS = 6
-"""Noise levels that the pictures with a panel a level show; of more, this many spread over all of them."""
+COLUMNS, PANELS = 3, 6
+"""Of the pictures with a panel a noise level: panels in a row, and in all (of more levels, these many)."""
 
 
 def figures(results: Results, subtitle: str) -> list[Figure]:
@@ -387,22 +400,23 @@ def figures(results: Results, subtitle: str) -> list[Figure]:
 
 def _landscape(results: Results) -> Any:
     """Two panels on one axis: the learners' range with whiskers, and everything at full range."""
-    compared = headline(results)
     series, zero, y_title = mean_series(results, HEADLINE), None, "true top-10 value (1–5)"
+    compared = headline(results)
     if any(np.isfinite(c.difference).any() for c in compared.values()):
         series = {agent: (c.difference, c.half_width) for agent, c in compared.items()}
         zero, y_title = 0.0, f"true top-10 value above {REFERENCE}"
-    main = _over_noise(results, series, y_title, zero=zero)
-    if main is None:
+    rows = line_rows(results, series, noise_axis(results))
+    if not rows:
         return None
-    means = np.concatenate([mean[np.isfinite(mean)] for mean, _ in series.values()])
-    pad = 0.06 * max(float(np.ptp(means)), 1e-3)
-    domain = (float(means.min()) - pad, float(means.max()) + pad)
-    shaded = readable_domain(line_rows(results, series, noise_axis(results)), () if zero is None else (zero,))
-    whole = _over_noise(
-        results, series, "whole range", zero=zero, domain=domain, overview=shaded, height=130, whiskers=False
+    near = readable_domain(rows, () if zero is None else (zero,))
+    whole = _padded([row["mean"] for row in rows])
+    overview: Row = {"height": 130, "whiskers": False, "overview": near, "legend": False}
+    return _together(
+        alt.vconcat,
+        _over_noise(results, series, y_title, zero=zero, domain=near),
+        _over_noise(results, series, "whole range", zero=zero, domain=whole, **overview),
+        spacing=14,
     )
-    return _together(alt.vconcat, main, whole, spacing=14)
 
 
 def _place(results: Results) -> Any:
@@ -415,30 +429,26 @@ def _gaps(results: Results) -> Any:
         "overoptimisation": "judge − expected score",
         "misalignment": "expected score − satisfaction",
     }
-    panels = [
-        _over_noise(results, mean_series(results, metric), title, height=230)
-        for metric, title in titles.items()
-    ]
-    kept = [panel for panel in panels if panel is not None]
-    return _together(alt.vconcat, *kept, spacing=26) if kept else None
+    return _metric_panels(results, titles, alt.vconcat, height=230)
 
 
 def _offline(results: Results) -> Any:
     titles = {"ndcg10": "NDCG@10, users of high score", "ndcg10_true": "NDCG@10, users of high satisfaction"}
+    size: Row = {"height": 270, "width": WIDTH // 2 - 30}
+    return _metric_panels(results, titles, alt.hconcat, zero=None, whiskers=False, **size)
+
+
+def _metric_panels(
+    results: Results, titles: Mapping[str, str], concat: Callable[..., Any], **how: Any
+) -> Any:
+    """A panel over the noise axis for each metric that has a value, or None without any."""
+    known = [m for m in titles if any(np.isfinite(results.of(a, m)).any() for a in results.agents)]
+    # The legend stands to the right of its panel: of the first in a column, of the last in a row.
+    owner = known[:1] if concat is alt.vconcat else known[-1:]
     panels = [
-        _over_noise(
-            results,
-            mean_series(results, m),
-            title,
-            zero=None,
-            whiskers=False,
-            height=270,
-            width=WIDTH // 2 - 30,
-        )
-        for m, title in titles.items()
+        _over_noise(results, mean_series(results, m), titles[m], legend=m in owner, **how) for m in known
     ]
-    kept = [panel for panel in panels if panel is not None]
-    return _together(alt.hconcat, *kept, spacing=30) if kept else None
+    return _together(concat, *panels, spacing=28) if panels else None
 
 
 def _judge(results: Results) -> Any:
@@ -482,7 +492,7 @@ def _over_noise(
     zero: float | None = 0.0,
     include: Sequence[float] = (),
     domain: tuple[float, float] | None = None,
-    **size: Any,
+    **how: Any,
 ) -> Any:
     """One panel of lines over the noise axis, or None without a point; ``zero`` draws a horizontal there."""
     axis = noise_axis(results)
@@ -491,29 +501,27 @@ def _over_noise(
         return None
     horizontal = () if zero is None else (zero,)
     domain = domain or readable_domain(rows, (*include, *horizontal))
-    return lines(rows, axis, y_title, domain, zero=zero, selection=isolate(), **size)
+    return lines(rows, axis, y_title, domain, zero=zero, **how)
 
 
 def _by_level(
     results: Results, rows: Sequence[Row], x: alt.X, y: alt.Y, identity: tuple[float, float] | None
 ) -> Any:
     """A scatter panel a noise level, three in a row, all on the same scales."""
-    agents, selection, panels = [row["agent"] for row in rows], isolate(), []
-    shown = np.unique(np.linspace(0, len(results.noise) - 1, PANELS).round().astype(int))
-    for noise, reliability in zip(results.noise[shown], results.reliability[shown], strict=True):
+    agents, panels = [row["agent"] for row in rows], []
+    shown = np.unique(np.linspace(0, len(results.noise) - 1, PANELS).round().astype(int)).tolist()
+    owner = shown[min(len(shown), COLUMNS) - 1]  # the last panel of the first row has the legend beside it
+    for level in shown:
+        noise, reliability = results.noise[level], results.reliability[level]
         of_level = [row for row in rows if row["noise"] == noise]
         title = f"ν = {noise:g}" + (f", reliability {reliability:z.2f}" if np.isfinite(reliability) else "")
-        panels.append(scatter(of_level, agents, x, y, title, identity, selection))
-    return _together(alt.concat, *panels, columns=3, spacing=22)
+        panels.append(scatter(of_level, agents, x, y, title, identity, legend=level == owner))
+    return _together(alt.concat, *panels, columns=COLUMNS, spacing=22)
 
 
 def _together(concat: Callable[..., Any], *panels: Any, **how: Any) -> Any:
-    """Several panels under one legend: one click isolates an agent in all of them."""
-    with (
-        warnings.catch_warnings()
-    ):  # Altair warns that it makes equal selections one, which is what is wanted
-        warnings.filterwarnings("ignore", message="Automatically deduplicated")
-        return concat(*panels, **how)
+    """Several panels as one picture, with one legend: that of the panel which has one."""
+    return concat(*panels, **how).resolve_legend(color="independent", shape="independent")
 
 
 def _finished(chart: Any, title: str, subtitle: str) -> Row:

@@ -23,6 +23,7 @@ from recsim_gr.benchmarks.statistics import (
     stratified_bootstrap,
     t_interval,
 )
+from recsim_gr.scoring import METRICS
 
 NONE = "–"
 SIGNIFICANT = 0.05
@@ -38,83 +39,60 @@ class Section:
     pictures: Mapping[str, str]
 
 
-# A metric's name, its heading in a table, and what it is.
+# A metric's name and its heading in a table; what it is says recsim_gr.scoring.METRICS.
 VALUES = {
-    "value_sampled": (
-        "sampled",
-        "true satisfaction (1–5) of a title drawn from the policy, exact over titles",
-    ),
-    "value_greedy": ("greedy", "true satisfaction of the policy's first title"),
-    "value_top10": ("top-10", "true satisfaction, mean over the policy's ten first titles: the headline"),
-    "value_top10_se": ("± users", "standard error of value_top10 over the test users of one seed"),
-    "score_value_sampled": ("score, sampled", "value_sampled with the expected score for satisfaction"),
-    "score_value_greedy": ("score, greedy", "the expected score of the first title"),
-    "score_value_top10": ("score, top-10", "the expected score, mean over the ten first titles"),
-    "regret_sampled": ("regret, sampled", "satisfaction of the best title less value_sampled"),
-    "regret_greedy": ("regret, greedy", "satisfaction of the best title less value_greedy"),
-    "regret_top10": ("regret, top-10", "satisfaction of the ten best titles less value_top10"),
+    "value_sampled": "sampled",
+    "value_greedy": "greedy",
+    "value_top10": "top-10",
+    "value_top10_se": "± users",
+    "score_value_sampled": "score, sampled",
+    "score_value_greedy": "score, greedy",
+    "score_value_top10": "score, top-10",
+    "regret_sampled": "regret, sampled",
+    "regret_greedy": "regret, greedy",
+    "regret_top10": "regret, top-10",
 }
 JUDGE = {
-    "judge_return": (
-        "judge",
-        "what a reward model of other users gives a 3-step rollout: discounted mean a step",
-    ),
-    "score_return": ("expected score", "the true expected score of the same rollouts"),
-    "value_return": ("satisfaction", "the true satisfaction of the same rollouts"),
-    "overoptimisation": (
-        "overoptimisation",
-        "judge_return − score_return: the reward model's excess promise",
-    ),
-    "misalignment": ("misalignment", "score_return − value_return: the score's own excess promise"),
+    "judge_return": "judge",
+    "score_return": "expected score",
+    "value_return": "satisfaction",
+    "overoptimisation": "overoptimisation",
+    "misalignment": "misalignment",
 }
 SUPPORT = {
-    "kl_ref": ("KL", "divergence of the policy from the pretrained one, in nats, mean over contexts"),
-    "entropy": ("entropy", "of the policy, in nats, mean over contexts"),
-    "effective_sample_size": ("eff. sample", "logged events that an importance-weighted estimate rests on"),
-    "coverage": ("coverage", "share of the catalogue that appears in some top-10 list"),
-    "popularity_gini": (
-        "Gini",
-        "how concentrated recommendations are: 0 all titles alike, 1 one title for all",
-    ),
-    "nll": ("NLL", "negative log-likelihood of the next logged title, for agents that are likelihood models"),
+    "kl_ref": "KL",
+    "entropy": "entropy",
+    "effective_sample_size": "effective sample",
+    "coverage": "coverage",
+    "popularity_gini": "Gini",
+    "nll": "NLL",
 }
 OFFLINE = {
-    "ndcg10": ("NDCG@10", "of the next logged title, on users whose mean score is above the median"),
-    "hr10": ("HR@10", "share of those titles among the ten first"),
-    "mrr": ("MRR", "mean reciprocal rank of those titles"),
-    "ndcg10_true": ("NDCG@10, true", "on users whose mean true satisfaction is above the median"),
-    "hr10_true": ("HR@10, true", "likewise"),
-    "mrr_true": ("MRR, true", "likewise"),
-    "ndcg10_own": ("NDCG@10, own", "with relevance by the event's own score"),
-    "hr10_own": ("HR@10, own", "likewise"),
-    "mrr_own": ("MRR, own", "likewise"),
+    f"{metric}{twin}": heading + (twin and f", {twin[1:]}")
+    for twin in ("", "_true", "_own")
+    for metric, heading in (("ndcg10", "NDCG@10"), ("hr10", "HR@10"), ("mrr", "MRR"))
 }
+# Of the world: heading and what it is. Metrics that are not here are shown under their own names.
 WORLD_METRICS = {
-    "reliability_pooled": (
-        "pooled",
-        "signed squared correlation of score and satisfaction over logged events",
-    ),
-    "reliability_within": ("within user", "the same without the users' means: the axis of the pictures"),
-    "alignment": (
-        "alignment",
-        "the same of the expected score: what a perfect model of the score could know",
-    ),
-    "nll_test": ("test users", "NLL of the pretrained backbone on test users, who come from a later epoch"),
-    "nll_validation": ("validation users", "NLL of the pretrained backbone on validation users"),
-    "nll_logging": ("logging policy", "NLL of the logging policy, which knows the user: out of reach"),
-    "reward_rmse_validation": ("ensemble, RMSE", "error of the reward ensemble on validation users"),
-    "reward_rmse_user_mean": ("user's mean, RMSE", "error of a user's average score so far as a prediction"),
-    "reward_rmse_title_mean": (
-        "title's mean, RMSE",
-        "error of a title's average score, shrunk, as a prediction",
-    ),
-    "reward_truth_corr": ("ensemble, correlation with truth", "of predicted score and true satisfaction"),
+    "reliability_pooled": ("reliability, pooled", "signed corr² of score and satisfaction, logged events"),
+    "reliability_within": ("reliability, within user", "the same inside users: the axis of the pictures"),
+    "alignment": ("alignment", "the same of the expected score: what a perfect model of the score knows"),
+    "nll_test": ("test users", "of the pretrained backbone, on test users, who come from a later epoch"),
+    "nll_validation": ("validation users", "of the pretrained backbone, on validation users"),
+    "nll_logging": ("logging policy", "of the logging policy, which knows the user: out of reach"),
+    "reward_rmse_test": ("ensemble, RMSE", "error of the reward ensemble's scores on test users"),
+    "reward_rmse_validation": ("ensemble, RMSE, validation", "the same on validation users"),
+    "reward_rmse_user_mean": ("user's mean, RMSE", "error of a user's average score so far"),
+    "reward_rmse_title_mean": ("title's mean, RMSE", "error of a title's average score, shrunk"),
+    "reward_truth_corr2": ("ensemble, corr² with the truth", "signed, inside users, over unseen titles"),
+    "title_mean_truth_corr2": ("title's mean, corr² with the truth", "the same of titles' average scores"),
 }
 GROUPS = (
     ("reliability", "How good the score is"),
     ("alignment", "How good the score is"),
     ("nll", "Imitation: negative log-likelihood of the next title"),
-    ("reward", "The reward model"),
+    ("reward", "The reward model, beside two averages"),
+    ("title_mean", "The reward model, beside two averages"),
     ("judge", "The judge"),
     ("", "Others"),
 )
@@ -144,17 +122,20 @@ the order of the lines with the landscape's.""",
 }
 USE = """Hover for numbers; click an agent in the legend to see it alone (shift-click for more,
 double-click for all)."""
-HOW_TO_READ = f"""<ul class="reading">
+HOW_TO_READ = """<ul class="reading">
 <li>Every value is exact over titles: the whole catalogue is scored with the users' true satisfaction.
 What is left is the draw of the users and of the seed.</li>
-<li>The reference is <b>{REFERENCE}</b>: the same backbone, trained on by imitation for as many steps.
-Differences to it are taken on the same test users, seed by seed.</li>
+<li>%s</li>
 <li>The axis is the within-user reliability of the score, measured: its squared correlation with
 satisfaction inside a user's history, which is all that a ranking can use.</li>
 <li>%s</li>
 <li>Grey agents are no competitors: ceilings (▲▼) know the user, baselines are not post-trained.</li>
 </ul>
 """
+WITH_REFERENCE = f"""The reference is <b>{REFERENCE}</b>: the same backbone, trained on by imitation for as
+many steps. Differences to it are taken on the same test users, seed by seed."""
+NO_REFERENCE = f"""<b>{REFERENCE} is not part of this run</b>, so there are no differences, places or
+p-values, and the landscape shows the values themselves."""
 ONE_SEED = """<b>This run has one seed, so there are no intervals and no p-values</b>: a difference
 here may be the luck of one world and one initialisation."""
 SEEDS = """± is half of a 95 %% Student-t interval over %d seeds. With few seeds it is wide, and
@@ -241,19 +222,21 @@ def _head(
     return (
         f'<h1>recsim_gr <span>{escape(title)}</span></h1>\n<dl class="facts">{listed}</dl>\n'
         + _failures(failures)
-        + _how_to_read(len(seeds), len(learners_of(sections[0].results.agents)))
+        + _how_to_read(sections[0].results)
     )
 
 
-def _how_to_read(seeds: int, learners: int) -> str:
-    return HOW_TO_READ % (ONE_SEED if seeds == 1 else SEEDS % (seeds, learners))
+def _how_to_read(results: Results) -> str:
+    seeds, learners = len(results.seeds), len(learners_of(results.agents))
+    reference = WITH_REFERENCE if REFERENCE in results.agents else NO_REFERENCE
+    return HOW_TO_READ % (reference, ONE_SEED if seeds == 1 else SEEDS % (seeds, learners))
 
 
 def _section(section: Section, alone: bool) -> str:
     results = section.results
     compared = headline(results)
     known = {**VALUES, **JUDGE, **SUPPORT, **OFFLINE}
-    others = {name: (name, "") for name in results.metrics() if name not in known}
+    others = {name: name for name in results.metrics() if name not in known}
     pictures = {
         figure.name: _figure(name, figure, section.pictures[name]) for name, figure in section.figures.items()
     }
@@ -298,17 +281,16 @@ def _findings(results: Results, compared: Mapping[str, Comparison]) -> str:
         if best is None:
             continue
         c = compared[best]
-        told = "above" if c.p_holm[level] <= SIGNIFICANT else "not told apart from"
-        p = f" ({p_value(c.p_holm[level])})" if np.isfinite(c.p_holm[level]) else ""
+        p = c.p_holm[level]
+        shown = f"above {REFERENCE}" if p <= SIGNIFICANT else f"not shown to be above {REFERENCE}"
+        told = f", {shown} ({p_value(p)})" if np.isfinite(p) else ", one seed: no test"
         items.append(
             f"<li>{_level_name(results, level)}: <b>{escape(best)}</b> "
-            f"{signed(c.difference[level], c.half_width[level])}, {told} {REFERENCE}{p}.</li>"
+            f"{signed(c.difference[level], c.half_width[level])}{told}.</li>"
         )
     if not items:
         return ""
-    note = (
-        "The best of several is flattered by the choice: its p-value allows for that, its interval does not."
-    )
+    note = "The best of several is flattered by the choice. Its p-value allows for that; its mean does not."
     listed = f"<ul>{''.join(items)}</ul>"
     return f"<h3>The best learner at each noise level</h3>{listed}<p class='note'>{note}</p>"
 
@@ -380,13 +362,13 @@ al., 2021)."""
     )
 
 
-def _level_table(results: Results, metrics: Mapping[str, tuple[str, str]]) -> str:
+def _level_table(results: Results, metrics: Mapping[str, str]) -> str:
     """Agents × metrics, level after level; the interval is in the tooltip of a number."""
     present = [name for name in metrics if name in results.metrics()]
     if not present:
         return ""
     means = {(a, m): t_interval(results.of(a, m))[:2] for a in results.agents for m in present}
-    head = "".join(f'<th title="{escape(m)}">{escape(metrics[m][0])}</th>' for m in present)
+    head = "".join(f'<th title="{escape(m)}">{escape(metrics[m])}</th>' for m in present)
     body = []
     for level in range(len(results.noise)):
         body.append(f"<tbody>{_level_row(_level_name(results, level), len(present) + 1)}")
@@ -478,7 +460,7 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
 
 COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "fit_seconds": ("seconds to fit", lambda x: number(x, 1)),
-    "samples": ("samples from the reward model", lambda x: f"{x:,.0f}"),
+    "samples": ("online samples", lambda x: f"{x:,.0f}"),
     "gradient_steps": ("gradient steps", lambda x: f"{x:,.0f}"),
 }
 
@@ -529,14 +511,11 @@ def _config(config: Mapping[str, Any]) -> str:
 
 def _glossary(sections: Sequence[Section]) -> str:
     """Definitions of the metrics that are on the page."""
+    world = {name: f"{heading}: {meaning}" for name, (heading, meaning) in WORLD_METRICS.items()}
     there = {m for s in sections for m in (*s.results.metrics(), *s.results.metrics(world=True))}
-    terms = [(term, meaning, False) for term, meaning in OTHER_TERMS.items()]
-    for family in (VALUES, JUDGE, SUPPORT, OFFLINE, WORLD_METRICS):
-        terms += [(name, meaning, True) for name, (_, meaning) in family.items() if name in there]
-    items = "".join(
-        f"<dt>{f'<code>{name}</code>' if code else escape(name)}</dt><dd>{escape(meaning)}</dd>"
-        for name, meaning, code in terms
-    )
+    known = {name: meaning for name, meaning in {**METRICS, **world}.items() if name in there}
+    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in OTHER_TERMS.items())
+    items += "".join(f"<dt><code>{n}</code></dt><dd>{escape(text)}</dd>" for n, text in known.items())
     return _folded("Glossary", f'<dl class="glossary">{items}</dl>')
 
 
@@ -567,11 +546,12 @@ figure { margin: 30px 0; } figcaption { color: #444; max-width: 860px; font-size
 figcaption a { margin-left: 6px; } a { color: #0b62a4; }
 .note { color: #555; font-size: 14px; margin: 2px 0 8px; max-width: 900px; }
 .scroll { overflow-x: auto; } .vis { min-width: max-content; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 4px 0; }
+table { border-collapse: separate; border-spacing: 0; margin: 4px 0; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 8px; text-align: right; white-space: nowrap; font-weight: 400; }
-thead th { border-bottom: 2px solid #bbb; color: #555; vertical-align: bottom; }
+thead th { border-bottom: 2px solid #bbb; color: #555; vertical-align: bottom; white-space: normal; }
 tbody th, thead th:first-child { text-align: left; }
-tbody tr { border-bottom: 1px solid #eee; } tbody tr:hover { background: #f7f9fb; }
+tbody th, tbody td { border-bottom: 1px solid #eee; } tbody tr:hover { background: #f7f9fb; }
 tbody th:first-child, thead th:first-child { position: sticky; left: 0; background: #fff; }
 tr.level th { padding-top: 14px; font-weight: 600; } th.reference { font-weight: 600; }
 th.ceiling, th.baseline { color: #777; }

@@ -1,3 +1,87 @@
-"""A gym for generative recommenders: known tastes, known propensities, one dial for reward noise."""
+"""recsim_gr: a gym for post-training generative recommenders, where the true satisfaction of every user is known.
+
+Importing it registers the environments with Gymnasium and nothing else; torch is loaded when something needs it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from recsim_gr._registration import register_environments
+
+if TYPE_CHECKING:
+    from recsim_gr import agents, benchmarks, envs
+    from recsim_gr.backbone import HSTU, HSTUConfig
+    from recsim_gr.log import InteractionLog
+    from recsim_gr.observations import Contexts, Observations
+    from recsim_gr.pretraining import pretrain
+    from recsim_gr.replay import ReplayConfig, ReplayWorld
+    from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
+    from recsim_gr.scoring import Evaluation, Examination, evaluate
+    from recsim_gr.training import TrainingConfig
+    from recsim_gr.world import World, WorldConfig
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "HSTU": "backbone",
+    "HSTUConfig": "backbone",
+    "InteractionLog": "log",
+    "Contexts": "observations",
+    "Observations": "observations",
+    "pretrain": "pretraining",
+    "ReplayConfig": "replay",
+    "ReplayWorld": "replay",
+    "RewardEnsemble": "rewards",
+    "RewardEnsembleConfig": "rewards",
+    "fit_reward_ensemble": "rewards",
+    "Evaluation": "scoring",
+    "Examination": "scoring",
+    "evaluate": "scoring",
+    "TrainingConfig": "training",
+    "World": "world",
+    "WorldConfig": "world",
+}
+"""Public name to the module that it lives in."""
+
+_PACKAGES = ("agents", "benchmarks", "envs")
+
+__all__ = [
+    "HSTU",
+    "Contexts",
+    "Evaluation",
+    "Examination",
+    "HSTUConfig",
+    "InteractionLog",
+    "Observations",
+    "ReplayConfig",
+    "ReplayWorld",
+    "RewardEnsemble",
+    "RewardEnsembleConfig",
+    "TrainingConfig",
+    "World",
+    "WorldConfig",
+    "agents",
+    "benchmarks",
+    "envs",
+    "evaluate",
+    "fit_reward_ensemble",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded at their first use (PEP 562)."""
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+register_environments()

@@ -71,7 +71,8 @@ def config_id(*parts: Any) -> str:
 
 
 def _identity(config: Any) -> dict[str, Any]:
-    left_out = {field.name for field in dataclasses.fields(config) if not field.metadata.get("identity", True)}
+    fields = dataclasses.fields(config)
+    left_out = {field.name for field in fields if not field.metadata.get("identity", True)}
     return {name: value for name, value in to_dict(config).items() if name not in left_out}
 
 

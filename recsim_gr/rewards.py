@@ -264,15 +264,38 @@ def squared_error(head: ScoreHead, backbone: HSTU, states: Tensor, batch: Batch)
     return (errors * batch.valid).sum() / batch.valid.sum()
 
 
-def mean_squared_error(scorer: Scorer, histories: Histories) -> float:
-    """Mean (r̂ − r)² over all events of the histories."""
+@torch.no_grad()
+def mean_squared_error(members: list[Scorer], histories: Histories) -> float:
+    """Mean (r̂ − r)² over all events of the histories, r̂ the mean of the members' predictions."""
     total, events = 0.0, 0
     for batch in histories.chunks():
-        states = prefix_states(scorer.backbone, batch)
-        count = int(batch.valid.sum())
-        total += squared_error(scorer.head, scorer.backbone, states, batch).item() * count
-        events += count
+        each = []
+        for member in members:
+            states = prefix_states(member.backbone, batch)
+            each.append(member.head.at(states, batch.titles, member.backbone))
+        errors = (torch.stack(each).mean(dim=0) - batch.scores) ** 2
+        total += (errors * batch.valid).sum().item()
+        events += int(batch.valid.sum())
     return total / events
+
+
+SHRINKAGE = 5.0
+"""Events' worth of the global mean in the two baselines: a user's first scores, or a rare title's, say little."""
+
+
+def user_mean_baseline(histories: Histories, mean: float) -> Tensor:
+    """(U, L): each user's own mean score before each event, shrunk to ``mean``; the study's first baseline."""
+    scores = histories.scores * histories.valid
+    before = torch.nn.functional.pad(scores.cumsum(dim=1), (1, 0))[:, :-1]
+    count = torch.arange(scores.shape[1], dtype=scores.dtype)
+    return (before + SHRINKAGE * mean) / (count + SHRINKAGE)
+
+
+def title_mean_baseline(log: InteractionLog) -> NDArray[np.float64]:
+    """(I,): each title's mean score over all users, shrunk to the global mean; the study's second baseline."""
+    count = np.bincount(log.title, minlength=log.n_titles)
+    total = np.bincount(log.title, weights=log.score.astype(np.float64), minlength=log.n_titles)
+    return (total + SHRINKAGE * float(log.score.mean())) / (count + SHRINKAGE)
 
 
 def _fit_member(
@@ -302,7 +325,7 @@ def _fit_member(
     return train(
         member,
         loss,
-        lambda: mean_squared_error(member, held_out),
+        lambda: mean_squared_error([member], held_out),
         histories,
         config.training,
         seed,
@@ -320,4 +343,6 @@ __all__ = [
     "ScoreHead",
     "Scorer",
     "fit_reward_ensemble",
+    "title_mean_baseline",
+    "user_mean_baseline",
 ]

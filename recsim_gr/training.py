@@ -170,8 +170,9 @@ def prefix_logits(backbone: HSTU, batch: Batch, states: Tensor | None = None) ->
     """(B, T, I): logits of every title before each event, seen titles at `MASKED`."""
     states = prefix_states(backbone, batch) if states is None else states
     mask = prefix_mask(batch.titles, backbone.n_titles)
-    titles = backbone.title_directions().T.expand(len(states), -1, -1)
-    return torch.baddbmm(mask, states, titles)  # adds the mask in the product's own pass over memory
+    # one flat product, which adds the mask in its own pass over memory
+    flat = torch.addmm(mask.flatten(0, 1), states.flatten(0, 1), backbone.title_directions().T)
+    return flat.view(mask.shape)
 
 
 def chosen_log_probs(logits: Tensor, batch: Batch) -> Tensor:

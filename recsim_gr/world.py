@@ -370,7 +370,7 @@ class WorldBase(ABC):
 
     def reliability(self, n_users: int = 2_000) -> Reliability:
         """corr²(score, satisfaction) under the logging policy, with its sign; measured on training users."""
-        users = self.users("train", self._at_most("train", n_users))
+        users = self.users("train", self.at_most("train", n_users))
         score, truth = [], []
         for start in range(0, len(users), CHUNK_USERS):
             chunk = users[start : start + CHUNK_USERS]
@@ -386,7 +386,7 @@ class WorldBase(ABC):
     def alignment(self, n_users: int = 2_000) -> float:
         """corr²(E[score], satisfaction) within user, with its sign, titles weighted by the logging policy's first
         choice: what a perfect model of the score could know of the truth. Exact for the users it averages."""
-        users = self.users("train", self._at_most("train", n_users))
+        users = self.users("train", self.at_most("train", n_users))
         sums = np.zeros(3)
         for start in range(0, len(users), CHUNK_USERS):
             chunk = users[start : start + CHUNK_USERS]
@@ -420,7 +420,7 @@ class WorldBase(ABC):
         mean = np.where(u[..., 0] < NEW_SESSION_PROBABILITY, HOURS_BETWEEN_SESSIONS, HOURS_WITHIN_SESSION)
         return np.cumsum(-mean * np.log1p(-u[..., 1]), axis=1)
 
-    def _at_most(self, split: str, n: int) -> int:
+    def at_most(self, split: str, n: int) -> int:
         """``n``, or as many users as the split has."""
         return n
 

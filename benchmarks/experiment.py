@@ -1,0 +1,146 @@
+"""What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
+
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recsim_gr import configs
+from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.configs import require, require_finite_numbers
+from recsim_gr.errors import ConfigError
+from recsim_gr.log import InteractionLog
+from recsim_gr.noise import NOISE_MODELS
+from recsim_gr.pretraining import PRETRAINING, imitation_loss
+from recsim_gr.replay import ReplayConfig, ReplayWorld, load_matrix
+from recsim_gr.rewards import RewardEnsembleConfig
+from recsim_gr.training import Histories, TrainingConfig, train
+from recsim_gr.world import World, WorldBase, WorldConfig
+
+WORLDS = ("simulated", "replay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Worlds, sizes and schedules; the defaults are preset ``quick``."""
+
+    preset: str = "quick"
+    """Which preset this config started from."""
+    world: str = "simulated"
+    """``simulated``, or ``replay`` over the fully observed matrix in ``data``."""
+    data: str = ""
+    """Path of the matrix of a replayed world."""
+    noise_model: str = "watch_time"
+    noise_levels: tuple[float, ...] = (0.0, 0.15, 0.35, 0.6, 1.0)
+    """Settings of the dial, from all but the truth to none of it; closer together where reliability falls fastest."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Worlds, each with its own users, titles and training; three make a picture, ten a claim. Seeds from 1000 on
+    are development seeds, on which defaults were chosen, and are never reported."""
+    n_titles: int = 200
+    """Of a simulated world; a replayed one has its own."""
+    history_length: int = 20
+    n_users: int = 4_000
+    """Training users, at most as many as a replayed world has."""
+    validation_users: int = 1_000
+    """For early stopping: a standard error of about 0.01 nats of the likelihood."""
+    judge_users: int = 4_000
+    """The judge learns from as many users as the agents do, none of them theirs."""
+    test_contexts: int = 2_000
+    """A standard error of about 0.015 of a top-ten value, far less of a paired difference."""
+    rollout_contexts: int = 500
+    """For the three-step returns, which cost six times a plain evaluation."""
+    backbone: HSTUConfig = field(default_factory=lambda: HSTUConfig(n_layers=1, dropout=0.1))
+    """One layer: at 200 titles and 20 events it reaches the likelihood of two in half the time."""
+    pretraining: TrainingConfig = PRETRAINING
+    rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
+    judge_pretraining: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=500, learning_rate=1e-2, warmup_steps=50, checks=4)
+    )
+    """Half the agents' own: the judge's backbone only serves its scores, which go on training it."""
+    judge: RewardEnsembleConfig = field(default_factory=lambda: RewardEnsembleConfig(members=2))
+    """Two members: only their mean is used."""
+
+    def __post_init__(self) -> None:
+        require_finite_numbers(self)
+        require(self.world in WORLDS, self, "world", f"one of {', '.join(WORLDS)}")
+        require(self.noise_model in NOISE_MODELS, self, "noise_model", f"one of {', '.join(NOISE_MODELS)}")
+        require(bool(self.noise_levels), self, "noise_levels", "one setting of the dial or more")
+        require(_all_distinct(self.noise_levels), self, "noise_levels", "free of repeats")
+        in_range = all(isinstance(x, (int, float)) and 0.0 <= x <= 1.0 for x in self.noise_levels)
+        require(in_range, self, "noise_levels", "settings between 0 and 1")
+        require(bool(self.seeds) and _all_distinct(self.seeds), self, "seeds", "one seed or more, no repeats")
+        require(all(isinstance(x, int) and x >= 0 for x in self.seeds), self, "seeds", "integers of 0 or more")
+        for name in ("n_users", "validation_users", "judge_users", "test_contexts", "rollout_contexts"):
+            require(getattr(self, name) >= 2, self, name, "at least 2")
+        if self.world == "replay" and not self.data:
+            raise ConfigError("a replayed world needs its matrix: --data PATH of an npz file")
+        if self.world == "simulated" and self.data:
+            raise ConfigError("--data is for replayed worlds; add --world replay, or leave it out")
+
+
+def build_world(config: ExperimentConfig, noise: float, seed: int) -> WorldBase:
+    """The world of a cell.
+
+    Raises:
+        ConfigError: settings that make no sense together.
+        DataFileError: a matrix that cannot be read.
+    """
+    shared: dict[str, Any] = {
+        "history_length": config.history_length,
+        "noise_model": config.noise_model,
+        "reward_noise": noise,
+        "seed": seed,
+    }
+    if config.world == "replay":
+        return ReplayWorld(ReplayConfig(path=config.data, **shared))
+    return World(WorldConfig(n_titles=config.n_titles, **shared))
+
+
+def experiment_identity(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as JSON values; a data file counts by its content, not by where it lies."""
+    values = configs.to_dict(config)
+    if config.world == "replay":
+        values["data"] = Path(config.data).name
+        values["data_sha256"] = load_matrix(config.data).sha256
+    return values
+
+
+@dataclass(frozen=True)
+class Logs:
+    """The logs of one world: disjoint users."""
+
+    train: InteractionLog
+    validation: InteractionLog
+    judge: InteractionLog
+
+    @classmethod
+    def of(cls, world: WorldBase, config: ExperimentConfig) -> "Logs":
+        """Generates them, with as many users as the world has where it has fewer than asked for."""
+        return cls(
+            *(
+                world.generate_log(world.at_most(split, n), split)
+                for split, n in (
+                    ("train", config.n_users),
+                    ("validation", config.validation_users),
+                    ("judge", config.judge_users),
+                )
+            )
+        )
+
+
+def seconds_per_step(config: ExperimentConfig, steps: int = 20) -> float:
+    """Wall seconds of a gradient step of imitation at this config's sizes, measured here and now."""
+    world = build_world(config, config.noise_levels[0], config.seeds[0])
+    histories = Histories(world.generate_log(world.at_most("train", 200)))
+    shape = HSTUConfig(**{**configs.to_dict(config.backbone), "max_length": histories.longest})
+    backbone = HSTU(shape, world.n_titles)
+    schedule = TrainingConfig(steps=steps, checks=1)
+    for _ in range(2):  # the first run pays for warming up
+        start = time.perf_counter()
+        train(backbone, lambda b: imitation_loss(backbone, b), lambda: 0.0, histories, schedule, 0, "estimate")
+    return (time.perf_counter() - start) / steps
+
+
+def _all_distinct(values: tuple[Any, ...]) -> bool:
+    return len(set(values)) == len(values)

@@ -1,0 +1,183 @@
+"""The command line. Every mistake of a user is one line on standard error and exit code 2."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from recsim_gr.errors import ConfigError, RecsimError
+
+USER_ERROR, FAILED_CELLS, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a suite: finished cells are kept, so the same command goes on where it stopped."""
+
+    suite: tyro.conf.Positional[str]
+    """Which suite, see `recsim-gr list`."""
+    preset: str = "quick"
+    """Sizes and schedules; the options below override single values of it."""
+    out: Path | None = None
+    """The run directory; runs/SUITE by default."""
+    workers: int = 2
+    """Processes, one thread each."""
+    dry_run: bool = False
+    """Name the cells and the time they will take, and stop."""
+    world: str | None = None
+    """simulated, or replay over a fully observed matrix of real ratings."""
+    data: str | None = None
+    """The matrix of a replayed world, an npz file."""
+    noise_model: str | None = None
+    """watch_time or gaussian."""
+    noise_levels: tuple[float, ...] | None = None
+    """Settings of the noise dial, each between 0 and 1."""
+    seeds: tuple[int, ...] | None = None
+    """Worlds."""
+    agents: tuple[str, ...] | None = None
+    """Which agents take part, see `recsim-gr list`."""
+    n_titles: int | None = None
+    """Size of a simulated catalogue."""
+    history_length: int | None = None
+    """Events of a history."""
+    n_users: int | None = None
+    """Training users."""
+    test_contexts: int | None = None
+    """Test users."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the report of a run again."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List environments, agents and suites."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses and runs a command; returns the exit code.
+
+    0: all is well; 1: some cells failed, the rest is reported; 2: a mistake in the command or its input, nothing
+    was overwritten; 130: interrupted, finished cells are kept.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        command = tyro.cli(Command, args=arguments, prog="recsim-gr", description=__doc__)  # type: ignore[arg-type]
+        return COMMANDS[type(command)](command, console)
+    except RecsimError as error:
+        print(f"recsim-gr: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("recsim-gr: interrupted; the same command goes on where it stopped", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except BrokenPipeError:  # `recsim-gr list | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run_suite(command: Run, console: Console) -> int:
+    """Runs a suite and names its report."""
+    from recsim_gr.benchmarks.runner import dry_run, run
+    from recsim_gr.benchmarks.suite import suite_type
+
+    import recsim_gr.benchmarks  # noqa: F401, I001  (registers the suites)
+
+    kind = suite_type(command.suite)
+    suite = kind(overridden(kind.preset(command.preset), command))
+    out = command.out or Path("runs") / command.suite
+    if command.dry_run:
+        dry_run(suite, out, command.workers, console.print)
+        return 0
+    outcome = run(suite, out, command.workers, console)
+    for line in outcome.lines:
+        console.print(line, markup=False)
+    for failure in outcome.failures:
+        console.print(f"{failure['cell']} FAILED: {failure['reason']}", markup=False)
+    if outcome.report is not None:
+        console.print(f"{len(outcome.finished)} cells finished. The report: {outcome.report}", markup=False)
+    return FAILED_CELLS if outcome.failures else 0
+
+
+def draw_report(command: Report, console: Console) -> int:
+    """Draws a run's report again, by the suite that made it."""
+    from recsim_gr.benchmarks.suite import suite_type
+    from recsim_gr.errors import RunDirectoryError
+    from recsim_gr.files import read_json
+
+    import recsim_gr.benchmarks  # noqa: F401, I001  (registers the suites)
+
+    config = read_json(command.run / "config.json")
+    if not isinstance(config, dict) or "suite" not in config:
+        raise RunDirectoryError(f"{command.run / 'config.json'} is not the config of a run")
+    kind = suite_type(str(config["suite"]))
+    page, lines = kind(None).report(command.run)
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(f"The report: {page}", markup=False)
+    return 0
+
+
+def list_all(command: List, console: Console) -> int:
+    """Shows what there is to run."""
+    import recsim_gr
+    from recsim_gr._registration import ENVIRONMENTS
+
+    for title, names in (
+        ("environments", {name: "" for name in ENVIRONMENTS}),
+        ("agents", {name: _first_line(kind) for name, kind in recsim_gr.agents.AGENTS.items()}),
+        ("suites", {n: _about_suite(kind) for n, kind in recsim_gr.benchmarks.SUITES.items()}),
+    ):
+        table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2))
+        for name, about in names.items():
+            table.add_row(name, escape(about))
+        console.print(table)
+    return 0
+
+
+def overridden(config: Any, command: Run) -> Any:
+    """A preset's config with the options that were given.
+
+    Raises:
+        ConfigError: an option that the suite does not have, or a value that it refuses.
+    """
+    known = {field.name for field in fields(config)}
+    settings = {
+        field.name: getattr(command, field.name)
+        for field in fields(command)
+        if field.name not in ("suite", "preset", "out", "workers", "dry_run")
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigError(f"suite {command.suite!r} has no option --{unknown[0].replace('_', '-')}")
+    return replace(config, **given)
+
+
+def _first_line(thing: type) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _about_suite(kind: Any) -> str:
+    return f"{_first_line(kind)} Presets: {', '.join(kind.presets)}."
+
+
+COMMANDS: dict[type, Any] = {Run: run_suite, Report: draw_report, List: list_all}

@@ -1,0 +1,62 @@
+"""What the tests of the environments share: registered ids, a small data file, one of each environment."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+from recsim_gr._registration import register_environments
+
+register_environments()
+
+SMALL = {"n_titles": 40, "history_length": 6, "pool_users": 300}
+IDS = ("recsim_gr/WatchTime-v0", "recsim_gr/Replay-v0", "recsim_gr/RewardModel-v0")
+
+
+@pytest.fixture(scope="session")
+def ratings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 users × 30 titles of made-up ratings on a scale of 0 to 10, with durations."""
+    rng = np.random.default_rng(5)
+    path = tmp_path_factory.mktemp("data") / "ratings.npz"
+    ratings = np.clip(5 + 2 * rng.normal(size=(200, 1)) + 2 * rng.normal(size=(200, 30)), 0, 10)
+    np.savez(path, ratings=ratings, low=0.0, high=10.0, duration_minutes=rng.uniform(2, 90, size=30))
+    return path
+
+
+@pytest.fixture(scope="session")
+def arguments(ratings_file: Path) -> dict[str, dict[str, Any]]:
+    """By id: the keywords of a small environment."""
+    return {
+        "recsim_gr/WatchTime-v0": SMALL,
+        "recsim_gr/Replay-v0": {"data": str(ratings_file), "history_length": 6},
+        "recsim_gr/RewardModel-v0": {},
+    }
+
+
+@pytest.fixture(params=IDS)
+def env_id(request: pytest.FixtureRequest) -> str:
+    """Each registered environment in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make(arguments: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """A small environment of an id, without wrappers."""
+
+    def make(env_id: str, **further: Any) -> Any:
+        return gymnasium.make(env_id, **(arguments[env_id] | further)).unwrapped
+
+    return make
+
+
+@pytest.fixture
+def make_vec(arguments: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """A small vector environment of an id."""
+
+    def make_vec(env_id: str, num_envs: int, **further: Any) -> Any:
+        return gymnasium.make_vec(env_id, num_envs=num_envs, **(arguments[env_id] | further))
+
+    return make_vec
