@@ -4,15 +4,17 @@ if __name__ != "recsim_gr.agents":
     raise ImportError(f"import recsim_gr.agents instead of {__name__}")
 
 # In the order in which tables show them: baselines, learners, ceilings.
+# isort: off
 from recsim_gr.agents.base import AGENTS, Agent, BackboneAgent, agent_type, load_agent, register
-from recsim_gr.agents.baselines import Pretrained, Popularity, Random  # isort: skip
-from recsim_gr.agents.bc import BC  # isort: skip
-from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC  # isort: skip
-from recsim_gr.agents.asft import ASFT  # isort: skip
-from recsim_gr.agents.cql import CQL  # isort: skip
-from recsim_gr.agents.ppo import PPO  # isort: skip
-from recsim_gr.agents.rsdpo import RSDPO  # isort: skip
-from recsim_gr.agents.referees import Oracle, ScoreOracle  # isort: skip
+from recsim_gr.agents.baselines import Pretrained, Popularity, Random
+from recsim_gr.agents.bc import BC
+from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
+from recsim_gr.agents.asft import ASFT
+from recsim_gr.agents.cql import CQL
+from recsim_gr.agents.ppo import PPO
+from recsim_gr.agents.rsdpo import RSDPO
+from recsim_gr.agents.referees import Oracle, ScoreOracle
+# isort: on
 
 __all__ = [
     "AGENTS",

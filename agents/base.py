@@ -171,7 +171,11 @@ class Agent(ABC):
         return {}
 
     def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
-        """The inverse of `shape` and `state`."""
+        """The inverse of `shape` and `state`; an agent that learns nothing has nothing to restore."""
+        if shape or state:
+            raise CheckpointError(
+                f"{self.name} keeps nothing, but the checkpoint holds something"
+            )
 
     def save(self, directory: str | Path) -> None:
         """Writes ``agent.json`` and ``agent.safetensors`` into a directory.
@@ -244,9 +248,7 @@ class BackboneAgent(Agent):
         train_log, held_out_log = split_logs(log, validation)
         seen, held_out = Histories(train_log), Histories(held_out_log)
         on_train = self.problem(seen, train_log, Parts(parts.reference, rewards, seed, "train"))
-        on_validation = self.problem(
-            held_out, held_out_log, Parts(parts.reference, rewards, seed, "validation")
-        )
+        on_validation = self.problem(held_out, held_out_log, Parts(parts.reference, rewards, seed, "validation"))
         record = train(
             self.policy,
             lambda batch: self.batch_loss(self.policy, batch, on_train),
@@ -308,9 +310,7 @@ class Problem:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def required_parts(
-    agent: Agent, log: InteractionLog, backbone: HSTU | None, rewards: RewardEnsemble | None
-) -> Parts:
+def required_parts(agent: Agent, log: InteractionLog, backbone: HSTU | None, rewards: RewardEnsemble | None) -> Parts:
     """The backbone, frozen, and the ensemble.
 
     Raises:
@@ -387,5 +387,3 @@ def build_backbone(shape: dict[str, Any]) -> HSTU:
 def unmasked(logits: Tensor) -> Tensor:
     """(…, I) bool: which titles have not been seen."""
     return logits > MASKED / 2
-
-

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsim_gr.agents.base import Agent, AfterCheck, AgentConfig, BackboneAgent, register, required_parts
+from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, register, required_parts
 from recsim_gr.backbone import HSTU
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations

@@ -107,13 +107,9 @@ class PPO(BackboneAgent):
         self.record = FitRecord(steps, watch.record.best_step, self.config.rollouts * self.config.rollout)
         return self
 
-    def _learner(
-        self, log: InteractionLog, reference: HSTU, rewards: RewardEnsemble, seed: int
-    ) -> StableBaselinesPPO:
+    def _learner(self, log: InteractionLog, reference: HSTU, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
         config = self.config
-        envs = gym.make_vec(
-            "recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log
-        )
+        envs = gym.make_vec("recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log)
         return StableBaselinesPPO(
             BackbonePolicy,
             BatchedVecEnv(envs, seed=derived_seed(seed, "PPO contexts") % 2**31),
@@ -172,9 +168,7 @@ class _Watch(BaseCallback):
         """Subtracts λ·log(π/π_ref) from the rewards that are about to enter the buffer, in place."""
         observations, titles = self.locals["obs_tensor"], torch.from_numpy(self.locals["actions"])
         with torch.no_grad():
-            state = self.reference.encode_last(
-                observations["titles"], observations["scores"], observations["times"]
-            )
+            state = self.reference.encode_last(observations["titles"], observations["scores"], observations["times"])
             reference = masked_log_probs(self.reference, state, observations["titles"])
         log_ratio = self.locals["log_probs"] - reference.gather(1, titles[:, None])[:, 0]
         self.locals["rewards"] -= self.config.kl_weight * log_ratio.numpy()
@@ -191,7 +185,7 @@ class _Watch(BaseCallback):
         if self.rollouts not in self.check_at:
             return
         step = self.rollouts * self.config.steps_per_rollout
-        policy: Any = self.model.policy.backbone  # type: ignore[union-attr]
+        policy: Any = self.model.policy.backbone
         value = self.objective()
         if value != value:
             raise TrainingError(f"PPO diverged: its objective is NaN after {step} steps; lower learning_rate")

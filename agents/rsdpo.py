@@ -54,9 +54,7 @@ def dpo_loss(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tenso
     return -F.logsigmoid(beta * ((winner - winner_ref) - (loser - loser_ref)))
 
 
-def disjoint(
-    winner: Tensor, loser: Tensor, winner_deviation: Tensor, loser_deviation: Tensor, width: float
-) -> Tensor:
+def disjoint(winner: Tensor, loser: Tensor, winner_deviation: Tensor, loser_deviation: Tensor, width: float) -> Tensor:
     """Whether the winner's lower bound is above the loser's upper bound, elementwise."""
     return winner - width * winner_deviation > loser + width * loser_deviation
 

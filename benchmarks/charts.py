@@ -8,7 +8,7 @@ signed root of the reliability: half of all noise levels lie below .2 and would 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import numpy as np
@@ -112,9 +112,7 @@ class NoiseAxis:
 
     def positions(self, offset: float) -> FloatArray:
         """``(N,)`` positions moved by a share of the axis, so that whiskers stand side by side."""
-        return (
-            _signed_square(_signed_root(self.levels) - offset) if self.reliability else self.levels + offset
-        )
+        return _signed_square(_signed_root(self.levels) - offset) if self.reliability else self.levels + offset
 
 
 def noise_axis(results: Results) -> NoiseAxis:
@@ -131,9 +129,7 @@ def noise_axis(results: Results) -> NoiseAxis:
     margin = 0.05 * max(high - low, 0.1)
     scale = {"type": "linear", "domain": [low - margin, high + margin], "nice": False}
     axis = {"values": [float(v) for v in results.noise], "format": "~g", "grid": False}
-    return NoiseAxis(
-        results.noise, {"scale": scale, "axis": axis, "title": "reward noise ν (the dial)"}, False
-    )
+    return NoiseAxis(results.noise, {"scale": scale, "axis": axis, "title": "reward noise ν (the dial)"}, False)
 
 
 def _signed_root(x: Any) -> Any:
@@ -271,9 +267,10 @@ def lines(
 ) -> Any:
     """A line an agent over the noise axis, with whiskers and points; what leaves ``domain`` is cut off.
 
-    ``overview`` makes it a companion of another panel: it shades that one's range and repeats no title.
+    The rows are referred to as a data set named ``y_title``. ``overview`` makes the panel a companion of another: it
+    shades that one's range and repeats no title.
     """
-    data = alt.Data(values=list(rows))
+    data = alt.NamedData(name=y_title)
     x = alt.X("x:Q", **({**axis.encoding, "title": None} if overview else axis.encoding))
     y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=list(domain), nice=False, zero=False))
     scales = agent_scales([row["agent"] for row in rows], legend)
@@ -293,9 +290,7 @@ def lines(
         faint = alt.condition(selection, alt.value(0.45), alt.value(0.03))
         bars = alt.Chart(data).transform_filter("isValid(datum.low)").mark_rule(clip=True, strokeWidth=1.2)
         low = alt.Y("low:Q", title=y_title)
-        layers.append(
-            bars.encode(x=x, y=low, y2="high:Q", color=scales["color"], strokeOpacity=faint, tooltip=tooltip)
-        )
+        layers.append(bars.encode(x=x, y=low, y2="high:Q", color=scales["color"], strokeOpacity=faint, tooltip=tooltip))
     layers.append(
         base.mark_line(clip=True, strokeWidth=2).encode(
             y=y, order=alt.Order("noise:Q"), strokeDash=scales["strokeDash"]
@@ -322,9 +317,7 @@ def scatter(
     level = [_tip("noise", "reward noise ν"), _tip("reliability", "reliability")]
     tooltip = ["agent:N", *level, _tip("x", x["title"]), _tip("y", y["title"])]
     points = alt.Chart(alt.Data(values=list(rows))).mark_point(filled=True, size=70, clip=True)
-    points = points.encode(
-        x=x, y=y, color=scales["color"], shape=scales["shape"], opacity=shown, tooltip=tooltip
-    )
+    points = points.encode(x=x, y=y, color=scales["color"], shape=scales["shape"], opacity=shown, tooltip=tooltip)
     layers: list[Any] = []
     if identity is not None:
         ends = alt.Data(values=[{"x": end, "y": end} for end in identity])
@@ -345,9 +338,7 @@ def _level_marks(rows: Sequence[Row], axis: NoiseAxis, x: alt.X, named: bool) ->
         marks.append({"x": at, "label": f"ν = {noise:g}" if named and room else ""})
     base = alt.Chart(alt.Data(values=marks)).encode(x=x)
     hairlines = base.mark_rule(color="#e6e6e6", strokeWidth=1)
-    names = base.mark_text(baseline="bottom", dy=-4, fontSize=10, color="#777").encode(
-        y=alt.value(0), text="label:N"
-    )
+    names = base.mark_text(baseline="bottom", dy=-4, fontSize=10, color="#777").encode(y=alt.value(0), text="label:N")
     return alt.layer(hairlines, names)
 
 
@@ -372,6 +363,13 @@ class Figure:
     spec: Row
 
 
+class Drawing(NamedTuple):
+    """A chart and the rows of the data sets that it names; inside of the chart Altair would copy them 30 times."""
+
+    chart: Any
+    rows: dict[str, list[Row]]
+
+
 FIGURES = ("landscape", "place", "judge_against_truth", "overoptimisation", "support", "offline_metrics")
 """Every figure there can be; the results decide which are drawn."""
 
@@ -383,7 +381,7 @@ COLUMNS, PANELS = 3, 6
 def figures(results: Results, subtitle: str) -> list[Figure]:
     """Every picture that the results allow, in the order of the page; ``subtitle`` says what was run."""
     whiskers = ", whiskers: 95 % Student-t" if len(results.seeds) > 1 else ""
-    made: list[tuple[str, Any]] = [
+    made: list[tuple[str, Drawing | None]] = [
         ("Landscape: what post-training adds to satisfaction as rewards get noisier", _landscape(results)),
         (f"Place on the way from {REFERENCE} (0) to {CEILING} (1)", _place(results)),
         ("The reward model as a judge, against the truth", _judge(results)),
@@ -392,13 +390,13 @@ def figures(results: Results, subtitle: str) -> list[Figure]:
         ("Offline metrics: ranking the next logged title", _offline(results)),
     ]
     return [
-        Figure(name, title, _finished(chart, title, subtitle + whiskers * (name in WITH_WHISKERS)))
-        for name, (title, chart) in zip(FIGURES, made, strict=True)
-        if chart is not None
+        Figure(name, title, _finished(drawing, title, subtitle + whiskers * (name in WITH_WHISKERS)))
+        for name, (title, drawing) in zip(FIGURES, made, strict=True)
+        if drawing is not None
     ]
 
 
-def _landscape(results: Results) -> Any:
+def _landscape(results: Results) -> Drawing | None:
     """Two panels on one axis: the learners' range with whiskers, and everything at full range."""
     series, zero, y_title = mean_series(results, HEADLINE), None, "true top-10 value (1–5)"
     compared = headline(results)
@@ -419,12 +417,12 @@ def _landscape(results: Results) -> Any:
     )
 
 
-def _place(results: Results) -> Any:
+def _place(results: Results) -> Drawing | None:
     series = {agent: (c.place, c.place_half_width) for agent, c in headline(results).items()}
     return _over_noise(results, series, "place", include=(0.0, 1.0))
 
 
-def _gaps(results: Results) -> Any:
+def _gaps(results: Results) -> Drawing | None:
     titles = {
         "overoptimisation": "judge − expected score",
         "misalignment": "expected score − satisfaction",
@@ -432,7 +430,7 @@ def _gaps(results: Results) -> Any:
     return _metric_panels(results, titles, alt.vconcat, height=230)
 
 
-def _offline(results: Results) -> Any:
+def _offline(results: Results) -> Drawing | None:
     titles = {"ndcg10": "NDCG@10, users of high score", "ndcg10_true": "NDCG@10, users of high satisfaction"}
     size: Row = {"height": 270, "width": WIDTH // 2 - 30}
     return _metric_panels(results, titles, alt.hconcat, zero=None, whiskers=False, **size)
@@ -440,18 +438,16 @@ def _offline(results: Results) -> Any:
 
 def _metric_panels(
     results: Results, titles: Mapping[str, str], concat: Callable[..., Any], **how: Any
-) -> Any:
+) -> Drawing | None:
     """A panel over the noise axis for each metric that has a value, or None without any."""
     known = [m for m in titles if any(np.isfinite(results.of(a, m)).any() for a in results.agents)]
     # The legend stands to the right of its panel: of the first in a column, of the last in a row.
     owner = known[:1] if concat is alt.vconcat else known[-1:]
-    panels = [
-        _over_noise(results, mean_series(results, m), titles[m], legend=m in owner, **how) for m in known
-    ]
+    panels = [_over_noise(results, mean_series(results, m), titles[m], legend=m in owner, **how) for m in known]
     return _together(concat, *panels, spacing=28) if panels else None
 
 
-def _judge(results: Results) -> Any:
+def _judge(results: Results) -> Drawing | None:
     rows = point_rows(results, "judge_return", "value_return")
     if not rows:
         return None
@@ -462,15 +458,13 @@ def _judge(results: Results) -> Any:
     return _by_level(results, rows, x, y, identity=domain)
 
 
-def _support(results: Results) -> Any:
+def _support(results: Results) -> Drawing | None:
     rows = point_rows(results, "kl_ref", HEADLINE)
     if not rows:
         return None
     furthest = 1.05 * max(0.1, *(row["x"] for row in rows))
     spaced = alt.Scale(type="sqrt", domain=[0.0, furthest], nice=False)
-    x = alt.X(
-        "x:Q", title="KL from pretrained (nats)", scale=spaced, axis=alt.Axis(tickCount=5, labelFlush=False)
-    )
+    x = alt.X("x:Q", title="KL from pretrained (nats)", scale=spaced, axis=alt.Axis(tickCount=5, labelFlush=False))
     y = alt.Y("y:Q", title="true top-10 value", scale=_linear(_padded([row["y"] for row in rows])))
     return _by_level(results, rows, x, y, identity=None)
 
@@ -493,7 +487,7 @@ def _over_noise(
     include: Sequence[float] = (),
     domain: tuple[float, float] | None = None,
     **how: Any,
-) -> Any:
+) -> Drawing | None:
     """One panel of lines over the noise axis, or None without a point; ``zero`` draws a horizontal there."""
     axis = noise_axis(results)
     rows = line_rows(results, series, axis)
@@ -501,12 +495,12 @@ def _over_noise(
         return None
     horizontal = () if zero is None else (zero,)
     domain = domain or readable_domain(rows, (*include, *horizontal))
-    return lines(rows, axis, y_title, domain, zero=zero, **how)
+    return Drawing(lines(rows, axis, y_title, domain, zero=zero, **how), {y_title: rows})
 
 
 def _by_level(
     results: Results, rows: Sequence[Row], x: alt.X, y: alt.Y, identity: tuple[float, float] | None
-) -> Any:
+) -> Drawing:
     """A scatter panel a noise level, three in a row, all on the same scales."""
     agents, panels = [row["agent"] for row in rows], []
     shown = np.unique(np.linspace(0, len(results.noise) - 1, PANELS).round().astype(int)).tolist()
@@ -515,16 +509,20 @@ def _by_level(
         noise, reliability = results.noise[level], results.reliability[level]
         of_level = [row for row in rows if row["noise"] == noise]
         title = f"ν = {noise:g}" + (f", reliability {reliability:z.2f}" if np.isfinite(reliability) else "")
-        panels.append(scatter(of_level, agents, x, y, title, identity, legend=level == owner))
+        panel = scatter(of_level, agents, x, y, title, identity, legend=level == owner)
+        panels.append(Drawing(panel, {}))
     return _together(alt.concat, *panels, columns=COLUMNS, spacing=22)
 
 
-def _together(concat: Callable[..., Any], *panels: Any, **how: Any) -> Any:
+def _together(concat: Callable[..., Any], *panels: Drawing | None, **how: Any) -> Drawing:
     """Several panels as one picture, with one legend: that of the panel which has one."""
-    return concat(*panels, **how).resolve_legend(color="independent", shape="independent")
+    drawn = [panel for panel in panels if panel is not None]
+    chart = concat(*(panel.chart for panel in drawn), **how)
+    rows = {name: rows for panel in drawn for name, rows in panel.rows.items()}
+    return Drawing(chart.resolve_legend(color="independent", shape="independent"), rows)
 
 
-def _finished(chart: Any, title: str, subtitle: str) -> Row:
+def _finished(drawing: Drawing, title: str, subtitle: str) -> Row:
     """The specification of a chart with its heading and the report's look."""
     heading = alt.TitleParams(
         title,
@@ -545,5 +543,5 @@ def _finished(chart: Any, title: str, subtitle: str) -> Row:
         "title": {"fontSize": 12, "fontWeight": "normal"},
         "legend": {**plain, "labelFontSize": 11.5},
     }
-    spec: Row = chart.properties(title=heading, background="white", padding=10).to_dict()
-    return {**spec, "config": config}
+    spec: Row = drawing.chart.properties(title=heading, background="white", padding=10).to_dict()
+    return {**spec, "config": config, "datasets": drawing.rows}

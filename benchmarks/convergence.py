@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,7 +47,7 @@ class Convergence(Suite):
     picked."""
 
     name = "convergence"
-    presets = {
+    presets: ClassVar[dict[str, Any]] = {
         "quick": ConvergenceConfig(),
         "smoke": ConvergenceConfig(
             preset="smoke",
@@ -87,14 +87,10 @@ class Convergence(Suite):
         figures = {"nll_logging": float(-np.log(test_log.require_propensities()).mean())}
 
         notify(0.0, "pretraining")
-        backbone, _ = pretrain_with_record(
-            logs.train, config.backbone, config.pretraining, logs.validation, seed
-        )
+        backbone, _ = pretrain_with_record(logs.train, config.backbone, config.pretraining, logs.validation, seed)
         figures["nll_test"] = negative_log_likelihood(backbone, test)
         notify(0.03, "pretraining, long")
-        _, record = pretrain_with_record(
-            logs.train, config.backbone, longer(config.pretraining), test_log, seed
-        )
+        _, record = pretrain_with_record(logs.train, config.backbone, longer(config.pretraining), test_log, seed)
         figures["nll_test_long_best"] = record.best_objective
 
         notify(0.5, "rewards")
@@ -128,9 +124,7 @@ class Convergence(Suite):
 
 def longer(training: TrainingConfig) -> TrainingConfig:
     """The schedule drawn out: as many times the steps and the warm-up, measured more often."""
-    return replace(
-        training, steps=TIMES * training.steps, warmup_steps=TIMES * training.warmup_steps, checks=CHECKS
-    )
+    return replace(training, steps=TIMES * training.steps, warmup_steps=TIMES * training.warmup_steps, checks=CHECKS)
 
 
 def summary(run_dir: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
 
-
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

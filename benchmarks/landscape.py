@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Landscape(Suite):
     contexts. Worlds of one seed share users, titles, choices and contexts, whatever the noise."""
 
     name = "landscape"
-    presets = {
+    presets: ClassVar[dict[str, Any]] = {
         "quick": LandscapeConfig(),
         "smoke": LandscapeConfig(
             preset="smoke",
@@ -105,7 +105,7 @@ class Landscape(Suite):
 
     def estimate_cell_seconds(self) -> float:
         config = self.config
-        steps = config.pretraining.steps + config.judge_pretraining.steps
+        steps: float = config.pretraining.steps + config.judge_pretraining.steps
         for ensemble in (config.rewards, config.judge):
             steps += ensemble.members * ensemble.training.steps
         steps += config.training.steps * sum(STEPS_WORTH.get(name, 0.0) for name in config.agents)
@@ -178,26 +178,18 @@ class Laboratory:
         self.logs = Logs.of(self.world, config)
         held_out = self.logs.validation
         notify(0.01, "pretraining")
-        self.backbone: HSTU = pretrain(
-            self.logs.train, config.backbone, config.pretraining, held_out, seed=seed
-        )
+        self.backbone: HSTU = pretrain(self.logs.train, config.backbone, config.pretraining, held_out, seed=seed)
         notify(0.2, "rewards")
         self.rewards: RewardEnsemble = fit_reward_ensemble(
             self.logs.train, self.backbone, config.rewards, held_out, seed=seed
         )
         notify(0.35, "judge")
         judge_seed = seed + 500_000  # other initial weights than the agents' own
-        judge_backbone = pretrain(
-            self.logs.judge, config.backbone, config.judge_pretraining, held_out, seed=judge_seed
-        )
-        self.judge = fit_reward_ensemble(
-            self.logs.judge, judge_backbone, config.judge, held_out, seed=judge_seed
-        )
+        judge_backbone = pretrain(self.logs.judge, config.backbone, config.judge_pretraining, held_out, seed=judge_seed)
+        self.judge = fit_reward_ensemble(self.logs.judge, judge_backbone, config.judge, held_out, seed=judge_seed)
         self.contexts: Contexts = self.world.contexts(self.world.at_most("test", config.test_contexts))
         reference = agent_type("Pretrained")().fit(self.logs.train, self.backbone)
-        self.examination = Examination(
-            self.world, self.contexts, self.judge, reference, seed, config.rollout_contexts
-        )
+        self.examination = Examination(self.world, self.contexts, self.judge, reference, seed, config.rollout_contexts)
 
     def examine(self, agent: Agent) -> tuple[dict[str, float], dict[str, float]]:
         """Fits an agent and scores it: its figures and its costs."""
@@ -246,8 +238,6 @@ def _within_user(predicted: np.ndarray, truth: np.ndarray) -> float:
     return signed_squared_correlation(x[kept], y[kept])
 
 
-def _add_rows(
-    result: CellResult, columns: dict[str, Any], agent: str, figures: dict[str, float]
-) -> None:
+def _add_rows(result: CellResult, columns: dict[str, Any], agent: str, figures: dict[str, float]) -> None:
     for metric, value in figures.items():
         result.rows.append({**columns, "agent": agent, "metric": metric, "value": float(value)})

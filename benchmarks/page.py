@@ -237,9 +237,7 @@ def _section(section: Section, alone: bool) -> str:
     compared = headline(results)
     known = {**VALUES, **JUDGE, **SUPPORT, **OFFLINE}
     others = {name: name for name in results.metrics() if name not in known}
-    pictures = {
-        figure.name: _figure(name, figure, section.pictures[name]) for name, figure in section.figures.items()
-    }
+    pictures = {figure.name: _figure(name, figure, section.pictures[name]) for name, figure in section.figures.items()}
     parts = [
         "" if alone else f"<h2>{escape(section.name)}</h2>",
         pictures.get("landscape", ""),
@@ -387,9 +385,7 @@ def _world_table(results: Results) -> str:
         *(name for name in WORLD_METRICS if name in names),
         *(n for n in names if n not in WORLD_METRICS),
     ]
-    head = "".join(
-        f"<th>{_level_name(results, level, short=True)}</th>" for level in range(len(results.noise))
-    )
+    head = "".join(f"<th>{_level_name(results, level, short=True)}</th>" for level in range(len(results.noise)))
     body = []
     for group in dict.fromkeys(title for _, title in GROUPS):
         members = [name for name in order if _group(name) == group]
@@ -401,9 +397,7 @@ def _world_table(results: Results) -> str:
             cells = "".join(_mean_cell(mean, half, level) for level in range(len(results.noise)))
             body.append(f'<tr><th title="{escape(meaning or name)}">{escape(label)}</th>{cells}</tr>')
         body.append("</tbody>" if members else "")
-    return "<h3>The world, its score and the reward model</h3>" + _table(
-        f"<tr><th></th>{head}</tr>", "".join(body)
-    )
+    return "<h3>The world, its score and the reward model</h3>" + _table(f"<tr><th></th>{head}</tr>", "".join(body))
 
 
 def _level_row(title: str, columns: int) -> str:
@@ -479,9 +473,7 @@ def _costs(cells: Sequence[Mapping[str, Any]], unreadable: int) -> str:
     rows = []
     for agent, style in styles_of(tuple(spent)).items():
         numbers = (
-            f"<td>{show(float(np.mean(spent[agent][key])))}</td>"
-            if key in spent[agent]
-            else f"<td>{NONE}</td>"
+            f"<td>{show(float(np.mean(spent[agent][key])))}</td>" if key in spent[agent] else f"<td>{NONE}</td>"
             for key, (_, show) in COSTS.items()
         )
         swatch = f'<i style="background:{style.colour}"></i>'
@@ -520,10 +512,7 @@ def _glossary(sections: Sequence[Section]) -> str:
 
 
 # Vega compiles expressions, hence unsafe-eval; no source of any request is allowed.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'unsafe-inline'; img-src data: blob:"
-)
+POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
 EMBED = """
 for (const figure of document.querySelectorAll("figure")) {
   const spec = JSON.parse(figure.querySelector("script").textContent);

@@ -92,9 +92,7 @@ def read_run(run_dir: Path) -> Run:
         )
     failures = read_json(run_dir / "failures.json") if (run_dir / "failures.json").exists() else []
     if not isinstance(failures, list) or not all(isinstance(failure, dict) for failure in failures):
-        raise RunDirectoryError(
-            f"{run_dir / 'failures.json'} is not a list of failed cells; delete it and run again"
-        )
+        raise RunDirectoryError(f"{run_dir / 'failures.json'} is not a list of failed cells; delete it and run again")
     cells, unreadable = _read_cells(run_dir / "cells")
     return Run(config, read_results(run_dir / "results.parquet"), failures, cells, unreadable)
 
@@ -127,9 +125,7 @@ def _read_columns(path: Path) -> Columns:
         ) from error
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
-        raise RunDirectoryError(
-            f"{path} has no column {missing[0]!r}, so it is no run's; run the suite again"
-        )
+        raise RunDirectoryError(f"{path} has no column {missing[0]!r}, so it is no run's; run the suite again")
     if table.num_rows == 0:
         raise RunDirectoryError(f"{path} holds no results; run the suite again and see why its cells failed")
     types = {**dict.fromkeys(TEXT, pa.string()), **dict.fromkeys(NUMBERS, pa.float64()), "seed": pa.int64()}
@@ -146,8 +142,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, path: Path) -> 
         return cast.to_numpy()  # a null value becomes NaN
     except pa.ArrowException as error:
         raise RunDirectoryError(
-            f"{path} holds {column.type} in column {name!r} instead of {kind} ({_one_line(error)}); "
-            "run the suite again"
+            f"{path} holds {column.type} in column {name!r} instead of {kind} ({_one_line(error)}); run the suite again"
         ) from error
 
 
@@ -182,9 +177,7 @@ def _labels(columns: Columns) -> list[str]:
     for key, config in zip(keys, columns["config_id"], strict=True):
         ids.setdefault(key, set()).add(config)
     several = {agent for (agent, *_), configs in ids.items() if agent != WORLD and len(configs) > 1}
-    return [
-        f"{a} {c}" if a in several else a for a, c in zip(columns["agent"], columns["config_id"], strict=True)
-    ]
+    return [f"{a} {c}" if a in several else a for a, c in zip(columns["agent"], columns["config_id"], strict=True)]
 
 
 def _read_cells(folder: Path) -> tuple[list[dict[str, Any]], int]:

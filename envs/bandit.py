@@ -7,6 +7,7 @@ single environment and the vector environment beside it, whatever its width, pla
 """
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -193,9 +194,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         """
         row, u = self._current("step")
         if not self.action_space.contains(action):
-            raise InvalidAction(
-                f"an action is a title, an integer in 0 to {self.bandit.n_titles - 1}, got {action!r}"
-            )
+            raise InvalidAction(f"an action is a title, an integer in 0 to {self.bandit.n_titles - 1}, got {action!r}")
         titles = np.array([action], dtype=np.int64).reshape(1)
         played = self.bandit.play(row, titles, u, regret=True)
         self._now = None
@@ -219,6 +218,16 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
 
     def _observe(self, row: Rows) -> Observation:
         return {name: values[0] for name, values in self.bandit.observe(row).items()}
+
+
+def require_count(name: str, value: object) -> None:
+    """Refuses what is no positive integer.
+
+    Raises:
+        ConfigError: says which keyword it is and what was got.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def seen_before(titles: Rows, histories: Rows) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError
+from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
 from recsim_gr.envs.population import WorldBandit
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.envs.watch_time import world_config
@@ -155,7 +155,9 @@ def replay_bandit(
         if data is None:
             raise ConfigError("data is missing: give the path of a data file, data='ratings.npz'")
         world = ReplayWorld(world_config(ReplayConfig, world_seed, {"path": str(data), **config}))
-    users = world.users(split, world.n_users(split) if pool_users is None else pool_users)
+    pool_users = world.n_users(split) if pool_users is None else pool_users
+    require_count("pool_users", pool_users)
+    users = world.users(split, pool_users)
     return WorldBandit(world, users, MatrixPairs(world, users))
 
 
@@ -179,6 +181,4 @@ class MatrixPairs:
     def pull(self, rows: Rows, titles: Rows) -> FloatArray:
         """(n,): see `Pairs`."""
         z = self.world.standardised
-        return (
-            self.own[rows] * z[self.users[rows], titles] + self.outside[rows] * z[self.partners[rows], titles]
-        )
+        return self.own[rows] * z[self.users[rows], titles] + self.outside[rows] * z[self.partners[rows], titles]

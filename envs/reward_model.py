@@ -222,7 +222,5 @@ def reward_model_bandit(rewards: Rewards | None, log: InteractionLog | None) -> 
         return RewardModelBandit(*tiny_reward_model())
     if rewards is None or log is None:
         missing = "rewards" if rewards is None else "log"
-        raise ConfigError(
-            f"{missing} is missing: give a reward model with the log whose contexts it is to score"
-        )
+        raise ConfigError(f"{missing} is missing: give a reward model with the log whose contexts it is to score")
     return RewardModelBandit(rewards, log)

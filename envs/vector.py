@@ -9,8 +9,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Bandit, Episodes, FloatArray, Observation, Played, Rows
-from recsim_gr.errors import ConfigError
+from recsim_gr.envs.bandit import Bandit, Episodes, FloatArray, Observation, Played, Rows, require_count
 
 
 class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
@@ -51,8 +50,7 @@ class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
         regret: bool = False,
         final_obs: bool = False,
     ) -> None:
-        if num_envs < 1:
-            raise ConfigError(f"num_envs must be at least 1, got {num_envs!r}")
+        require_count("num_envs", num_envs)
         self.bandit, self.num_envs = bandit, num_envs
         self.single_observation_space, self.single_action_space = (
             bandit.observation_space,
@@ -75,9 +73,7 @@ class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
         self._now = rows, _ = self._episodes.take(self.num_envs)
         return self.bandit.observe(rows), self._infos(rows)
 
-    def step(
-        self, actions: Any
-    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Shows every user a title and draws the next users.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError
+from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
 from recsim_gr.envs.population import POOL_USERS, WorldBandit
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.errors import ConfigError
@@ -142,6 +142,7 @@ def watch_time_bandit(
         world = World(world_config(WorldConfig, world_seed, config))
     elif config or world_seed:
         raise ConfigError(f"give either a world or its fields, got both: {', '.join(config) or 'world_seed'}")
+    require_count("pool_users", pool_users)
     users = world.users(split, pool_users)
     return WorldBandit(world, users, FactorPairs(world, users))
 
@@ -156,11 +157,7 @@ def world_config(kind: type[ConfigT], world_seed: int, fields: dict[str, Any]) -
     known = {field.name for field in dataclasses.fields(kind)} - {"seed"}
     unknown = sorted(set(fields) - known)
     if unknown:
-        hint = (
-            "the seed of the world is world_seed"
-            if unknown[0] == "seed"
-            else f"known: {', '.join(sorted(known))}"
-        )
+        hint = "the seed of the world is world_seed" if unknown[0] == "seed" else f"known: {', '.join(sorted(known))}"
         raise UnknownArgumentError(f"got an unexpected keyword argument {unknown[0]!r}; {hint}")
     return kind(**fields, seed=world_seed)
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     console = Console(soft_wrap=True, highlight=False)
     try:
-        command = tyro.cli(Command, args=arguments, prog="recsim-gr", description=__doc__)  # type: ignore[arg-type]
+        command = tyro.cli(Command, args=arguments, prog="recsim-gr", description=__doc__)
         return COMMANDS[type(command)](command, console)
     except RecsimError as error:
         print(f"recsim-gr: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
@@ -96,10 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_suite(command: Run, console: Console) -> int:
     """Runs a suite and names its report."""
+    import recsim_gr.benchmarks  # noqa: F401  (registers the suites)
     from recsim_gr.benchmarks.runner import dry_run, run
     from recsim_gr.benchmarks.suite import suite_type
-
-    import recsim_gr.benchmarks  # noqa: F401, I001  (registers the suites)
 
     kind = suite_type(command.suite)
     suite = kind(overridden(kind.preset(command.preset), command))
@@ -119,11 +118,10 @@ def run_suite(command: Run, console: Console) -> int:
 
 def draw_report(command: Report, console: Console) -> int:
     """Draws a run's report again, by the suite that made it."""
+    import recsim_gr.benchmarks  # noqa: F401  (registers the suites)
     from recsim_gr.benchmarks.suite import suite_type
     from recsim_gr.errors import RunDirectoryError
     from recsim_gr.files import read_json
-
-    import recsim_gr.benchmarks  # noqa: F401, I001  (registers the suites)
 
     config = read_json(command.run / "config.json")
     if not isinstance(config, dict) or "suite" not in config:
@@ -142,7 +140,7 @@ def list_all(command: List, console: Console) -> int:
     from recsim_gr._registration import ENVIRONMENTS
 
     for title, names in (
-        ("environments", {name: "" for name in ENVIRONMENTS}),
+        ("environments", dict.fromkeys(ENVIRONMENTS, "")),
         ("agents", {name: _first_line(kind) for name, kind in recsim_gr.agents.AGENTS.items()}),
         ("suites", {n: _about_suite(kind) for n, kind in recsim_gr.benchmarks.SUITES.items()}),
     ):

@@ -238,8 +238,10 @@ def _refuse(log: InteractionLog, name: str, illegal: NDArray[np.bool_], would_do
 
 def _frozen(values: Any, kind: type[np.generic], name: str) -> NDArray[Any]:
     array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iuf" or (
-        array.dtype.kind == "f" and np.issubdtype(kind, np.integer)
+    if (
+        array.ndim != 1
+        or array.dtype.kind not in "iuf"
+        or (array.dtype.kind == "f" and np.issubdtype(kind, np.integer))
     ):
         expected = f"a one-dimensional array of {np.dtype(kind)}"
         raise LogFormatError(f"column {name!r} of a log must be {expected}, got {array.dtype} of {array.shape}")
@@ -258,5 +260,3 @@ def _metadata(table: pa.Table, path: str | Path) -> dict[str, Any]:
         message = f"{path} is Parquet, but not a log of recsim_gr: its metadata is missing or foreign"
         raise LogFormatError(message) from error
     raise LogFormatError(f"{path} has log schema version {version}; this version reads {SCHEMA_VERSION}")
-
-

@@ -35,16 +35,20 @@ class Observations:
 
     def __getitem__(self, rows: slice | NDArray[np.int64] | NDArray[np.bool_]) -> Self:
         """The contexts at ``rows``, as observations."""
-        fields = (self.titles, self.scores, self.times, self.length, self.epoch)
-        return type(self)(*(field[rows] for field in fields), n_titles=self.n_titles)
+        return type(self)(
+            titles=self.titles[rows],
+            scores=self.scores[rows],
+            times=self.times[rows],
+            length=self.length[rows],
+            epoch=self.epoch[rows],
+            n_titles=self.n_titles,
+        )
 
     def seen(self) -> NDArray[np.bool_]:
         """(n, I) bool: which titles are in the history, and so cannot be chosen again."""
         return seen_mask(self.titles, self.n_titles)
 
-    def append(
-        self, titles: NDArray[np.int64], scores: NDArray[np.float32], gap_hours: float
-    ) -> "Observations":
+    def append(self, titles: NDArray[np.int64], scores: NDArray[np.float32], gap_hours: float) -> "Observations":
         """The contexts after one more event each: one column wider, the event after the last real one.
 
         Args:
@@ -53,12 +57,14 @@ class Observations:
             gap_hours: hours between the last event and this one.
         """
         rows = np.arange(len(self))
-        wider = [np.pad(x, ((0, 0), (0, 1))) for x in (self.titles, self.scores, self.times)]
-        wider[0][:, -1] = self.n_titles
-        last = wider[2][rows, np.maximum(self.length - 1, 0)]  # padding is 0, so an empty history begins at 0
-        for array, value in zip(wider, (titles, scores, last + gap_hours), strict=True):
-            array[rows, self.length] = value
-        return Observations(*wider, self.length + 1, self.epoch, self.n_titles)
+        last = np.where(self.length > 0, self.times[rows, np.maximum(self.length - 1, 0)], np.float32(0.0))
+        one_more = ((0, 0), (0, 1))
+        wider_titles = np.pad(self.titles, one_more, constant_values=self.n_titles)
+        wider_scores, wider_times = np.pad(self.scores, one_more), np.pad(self.times, one_more)
+        wider_titles[rows, self.length] = titles
+        wider_scores[rows, self.length] = scores
+        wider_times[rows, self.length] = last + gap_hours
+        return Observations(wider_titles, wider_scores, wider_times, self.length + 1, self.epoch, self.n_titles)
 
 
 @dataclass(frozen=True)

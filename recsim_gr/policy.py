@@ -54,9 +54,7 @@ def is_referee(policy: object) -> bool:
     return bool(getattr(policy, "referee", False))
 
 
-def log_probs_of(
-    policy: Any, observations: Observations, truth: Truth, users: NDArray[np.int64]
-) -> FloatArray:
+def log_probs_of(policy: Any, observations: Observations, truth: Truth, users: NDArray[np.int64]) -> FloatArray:
     """(n, I) float64 log π(a | x) of an agent or a referee, checked and normalised.
 
     Raises:
@@ -76,9 +74,7 @@ def log_probs_of(
     return log_probs - np.log(total)[:, None]
 
 
-def ranking_scores(
-    policy: Any, observations: Observations, truth: Truth, users: NDArray[np.int64]
-) -> FloatArray:
+def ranking_scores(policy: Any, observations: Observations, truth: Truth, users: NDArray[np.int64]) -> FloatArray:
     """(n, I) float64: what a policy ranks by, -inf for seen titles.
 
     Raises:

@@ -15,8 +15,8 @@ from recsim_gr.training import (
     TrainingRecord,
     chosen_log_probs,
     prefix_logits,
-    train,
     split_logs,
+    train,
 )
 
 PRETRAINING = TrainingConfig(steps=1_000, learning_rate=1e-2, warmup_steps=50, checks=8)

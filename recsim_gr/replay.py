@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError, DataFileError
@@ -67,9 +69,7 @@ class RatingMatrix:
     def _durations(self, durations: FloatArray) -> FloatArray:
         if durations.shape != self.satisfaction.shape[1:]:
             n_titles = self.satisfaction.shape[1]
-            raise DataFileError(
-                f"{self.name}: there must be {n_titles} durations, got shape {durations.shape}"
-            )
+            raise DataFileError(f"{self.name}: there must be {n_titles} durations, got shape {durations.shape}")
         _refuse(self.name, "durations", ~(np.isfinite(durations) & (durations > 0)), "a positive number")
         durations.flags.writeable = False
         return durations
@@ -90,7 +90,7 @@ KNOWN_FILES = {
     ),
     "kuairec_small.npz": KnownFile(
         "bff57d6661f0ff395d0195ed315810fcdaa65657e29afe96cec1e14d0a07823c",
-        "KuaiRec v2, small_matrix.csv of zenodo.org/records/18164998 (github.com/chongminggao/KuaiRec)",
+        "KuaiRec v2, zenodo.org/records/18164998, whose small_matrix.csv may be given as it is",
     ),
 }
 """By file name: what a missing file is told apart by. A file with another checksum is read all the same (a
@@ -105,15 +105,14 @@ class Archive:
 
     Args:
         path: where it lies.
+        content: its bytes.
 
     Raises:
-        DataFileError: missing, unreadable, truncated, or no npz.
+        DataFileError: truncated, or no npz.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
-        content = _content(path)
-        self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             opened = np.load(io.BytesIO(content), allow_pickle=False)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -146,7 +145,7 @@ def _jester(archive: Archive) -> RatingMatrix:
     """Ratings in hundredths on Jester's scale of −10 to 10."""
     hundredths = archive.array("rating_x100", "i", 2)
     _refuse(str(archive.path), "rating_x100", ~_within(hundredths, -1_000, 1_000), "in −1000 to 1000")
-    return RatingMatrix(_rescaled(hundredths, -1_000, 1_000), name="Jester")
+    return RatingMatrix(_rescaled(hundredths, -1_000, 1_000), name=str(archive.path))
 
 
 def _kuairec(archive: Archive) -> RatingMatrix:
@@ -160,7 +159,7 @@ def _kuairec(archive: Archive) -> RatingMatrix:
             f"{n_users} users and {n_titles} videos need shape [{n_users}, {n_titles}] and pos_packed uint8 "
             f"of {wanted}, got {shape.tolist()} and {packed.dtype} of {packed.shape}"
         )
-    return RatingMatrix(_rescaled(np.unpackbits(packed, axis=1, count=n_titles), 0, 1), name="KuaiRec")
+    return RatingMatrix(_rescaled(np.unpackbits(packed, axis=1, count=n_titles), 0, 1), name=str(archive.path))
 
 
 def _own(archive: Archive) -> RatingMatrix:
@@ -177,15 +176,63 @@ def _own(archive: Archive) -> RatingMatrix:
     _refuse(str(archive.path), "ratings", ~_within(ratings, low, high), f"in {low:g} to {high:g}")
     given = "duration_minutes" in archive.keys
     durations = archive.array("duration_minutes", "iuf", 1).astype(np.float64) if given else None
-    return RatingMatrix(_rescaled(ratings, low, high), name=archive.path.stem, durations=durations)
+    return RatingMatrix(_rescaled(ratings, low, high), name=str(archive.path), durations=durations)
 
 
-FORMATS: dict[frozenset[str], Callable[[Archive], RatingMatrix]] = {
-    frozenset({"rating_x100"}): _jester,
-    frozenset({"user_id", "video_id", "shape", "pos_packed"}): _kuairec,
-    frozenset({"ratings"}): _own,
+TABLE_COLUMNS = ("user_id", "video_id", "watch_ratio", "video_duration")
+"""Columns of KuaiRec's own ``small_matrix.csv`` that are read; the last in milliseconds."""
+
+TOP_WATCH_RATIO = 2.0
+"""Watched twice over: satisfaction 5, as in the reduced file, whose likes are ratios of 2 and more."""
+
+LEAST_COVERAGE = 0.99
+"""KuaiRec's table lacks 0.4 % of its cells, videos whose authors the user had blocked; they count as never
+watched."""
+
+
+def _is_table(content: bytes) -> bool:
+    header = content[:4_096].split(b"\n")[0].decode(errors="replace").strip().split(",")
+    return set(TABLE_COLUMNS) <= set(header)
+
+
+def _kuairec_table(path: Path, content: bytes) -> RatingMatrix:
+    """The official table, a row a watched video: satisfaction rises with the watch ratio, up to
+    `TOP_WATCH_RATIO`."""
+    options = csv.ConvertOptions(include_columns=TABLE_COLUMNS)
+    try:
+        table = csv.read_csv(io.BytesIO(content), convert_options=options)
+        columns = {name: table[name].to_numpy().astype(np.float64) for name in TABLE_COLUMNS}
+    except (pa.ArrowException, ValueError) as error:
+        raise DataFileError(f"{path} is not KuaiRec's table ({str(error).splitlines()[0]}); get it again") from error
+    for name, values in columns.items():
+        _refuse(str(path), name, ~(np.isfinite(values) & (values >= 0)), "a number of 0 or more")
+    users, row = np.unique(columns["user_id"], return_inverse=True)
+    videos, first, column = np.unique(columns["video_id"], return_index=True, return_inverse=True)
+    ratio = np.full((len(users), len(videos)), np.nan)
+    ratio[row, column] = np.minimum(columns["watch_ratio"], TOP_WATCH_RATIO)
+    coverage = np.isfinite(ratio).mean() if ratio.size else 0.0
+    if coverage < LEAST_COVERAGE:
+        raise DataFileError(
+            f"{path} has {coverage:.1%} of its (user, video) cells; a replayed matrix needs {LEAST_COVERAGE:.0%}: "
+            "give small_matrix.csv, whole"
+        )
+    minutes = columns["video_duration"][first] / 60_000
+    return RatingMatrix(_rescaled(np.nan_to_num(ratio), 0, TOP_WATCH_RATIO), "KuaiRec", minutes)
+
+
+class Format(NamedTuple):
+    """What the data are called (empty: after their file), and what reads them."""
+
+    name: str
+    read: Callable[[Archive], RatingMatrix]
+
+
+FORMATS = {
+    frozenset({"rating_x100"}): Format("Jester", _jester),
+    frozenset({"user_id", "video_id", "shape", "pos_packed"}): Format("KuaiRec", _kuairec),
+    frozenset({"ratings"}): Format("", _own),
 }
-"""By the keys that an npz must have: what reads it."""
+"""By the keys that an npz must have."""
 
 
 def load_matrix(path: str | Path) -> RatingMatrix:
@@ -195,7 +242,8 @@ def load_matrix(path: str | Path) -> RatingMatrix:
     is run.
 
     Args:
-        path: an npz file in one of `FORMATS`: Jester's or KuaiRec's reduced matrix, or your own with the key
+        path: KuaiRec's own ``small_matrix.csv``, or an npz file in one of `FORMATS`: Jester's or KuaiRec's reduced
+            matrix, or your own with the key
             ``ratings`` (U, I); without scalars ``low`` and ``high``, the least and greatest rating are the
             ends of its scale; ``duration_minutes`` (I,) may be given.
 
@@ -204,11 +252,17 @@ def load_matrix(path: str | Path) -> RatingMatrix:
         with cells
             that are missing or out of range.
     """
-    archive = Archive(Path(path))
-    for keys, read in FORMATS.items():
+    path = Path(path)
+    content = _content(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    matrix = _kuairec_table(path, content) if _is_table(content) else _from_archive(Archive(path, content))
+    return replace(matrix, sha256=sha256, provenance=_provenance(sha256))
+
+
+def _from_archive(archive: Archive) -> RatingMatrix:
+    for keys, form in FORMATS.items():
         if keys <= archive.keys:
-            matrix = read(archive)
-            return replace(matrix, sha256=archive.sha256, provenance=_provenance(archive.sha256))
+            return replace(form.read(archive), name=form.name or archive.path.stem)
     wanted = "; or ".join(", ".join(sorted(keys)) for keys in FORMATS)
     found = ", ".join(sorted(archive.keys)) or "none"
     raise archive.error(f"no format has its keys ({found}); known are {wanted}")
@@ -219,7 +273,7 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         known = KNOWN_FILES.get(path.name)
-        where = f"its official source is {known.source}" if known else HOW_TO_MAKE_ONE
+        where = f"its official source is {known.source}; {HOW_TO_MAKE_ONE}" if known else HOW_TO_MAKE_ONE
         raise DataFileError(f"{path} is missing; {where}") from error
     except OSError as error:
         reason = error.strerror or str(error)
@@ -362,10 +416,7 @@ class ReplayWorld(WorldBase):
 
     def pull(self, users: Users) -> FloatArray:
         own, outside = self.pull_weights(users)
-        return (
-            own[:, None] * self.standardised[users]
-            + outside[:, None] * self.standardised[self.partners(users)]
-        )
+        return own[:, None] * self.standardised[users] + outside[:, None] * self.standardised[self.partners(users)]
 
     @cached_property
     def durations(self) -> FloatArray:
@@ -376,9 +427,7 @@ class ReplayWorld(WorldBase):
     def standardised(self) -> NDArray[np.float32]:
         """(U, I): z, satisfaction centred and of unit variance for each user; 0 for a user without
         variance."""
-        centred = self.matrix.satisfaction - self.matrix.satisfaction.mean(
-            axis=1, keepdims=True, dtype=np.float64
-        )
+        centred = self.matrix.satisfaction - self.matrix.satisfaction.mean(axis=1, keepdims=True, dtype=np.float64)
         deviation = centred.std(axis=1, keepdims=True)
         # a constant row is centred to rounding errors, which must not be blown up
         flat = self.matrix.satisfaction.min(axis=1) == self.matrix.satisfaction.max(axis=1)

@@ -12,7 +12,7 @@ that what imitation learned about titles serves the reward. Its loss is the squa
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,9 +33,9 @@ from recsim_gr.training import (
     TrainingConfig,
     TrainingRecord,
     prefix_states,
+    split_logs,
     tensors,
     train,
-    split_logs,
 )
 
 EMBEDDING_SCALE = 5.0
@@ -52,7 +52,7 @@ class RewardEnsembleConfig:
     imitation_weight: float = 0.2
     """Of the imitation loss beside the squared error: the two gradients are then of similar size. In a trial at
     ν = 0 the held-out error was as low as without it and unseen titles were ranked better."""
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     """As long as every agent's."""
     head_rate: float = 3.0
     """The head's learning rate over the backbone's: it starts from nothing."""
@@ -205,9 +205,7 @@ class RewardTable:
         vectors = self.vectors.permute(1, 0, 2).flatten(1)  # (I, M·(d + 1))
         return states @ (vectors.T / len(self.vectors)) + self.biases.mean(dim=0)
 
-    def at(
-        self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> NDArray[np.float32]:
         """(n,): the ensemble's mean for one title a context.
 
         Args:

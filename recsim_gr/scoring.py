@@ -33,9 +33,7 @@ class WorldTruth(Truth, Protocol):
 
     def logging_log_probs(self, users: NDArray[np.int64], histories: NDArray[np.int64]) -> FloatArray: ...
 
-    def sample_scores(
-        self, users: NDArray[np.int64], titles: NDArray[np.int64], u: FloatArray
-    ) -> Scores: ...
+    def sample_scores(self, users: NDArray[np.int64], titles: NDArray[np.int64], u: FloatArray) -> Scores: ...
 
 
 class Judge(Protocol):

@@ -209,9 +209,7 @@ def train(
     """
     batches = generator(seed, f"batches of {purpose}")
     groups = parameter_groups or [{"params": list(module.parameters())}]
-    optimiser = torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scales = [float(group.get("scale", 1.0)) for group in optimiser.param_groups]
     record = TrainingRecord(config.steps)
     record.notes(0, _measure(module, objective, purpose, 0))
@@ -243,9 +241,7 @@ def train(
     return record
 
 
-def split_logs(
-    log: InteractionLog, validation: InteractionLog | None
-) -> tuple[InteractionLog, InteractionLog]:
+def split_logs(log: InteractionLog, validation: InteractionLog | None) -> tuple[InteractionLog, InteractionLog]:
     """Training and validation logs: the two given, or nine tenths and one tenth of the users of the one.
 
     Raises:

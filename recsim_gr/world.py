@@ -19,9 +19,9 @@ from recsim_gr.errors import ConfigError
 from recsim_gr.log import InteractionLog
 from recsim_gr.noise import NOISE_MODELS, RewardNoise, Scores, noise_model
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Contexts, Observations, seen_mask
+from recsim_gr.policy import Policy
 from recsim_gr.randomness import generator, uniforms
 from recsim_gr.scoring import Evaluation, Judge, evaluate
-from recsim_gr.policy import Policy
 
 FloatArray = NDArray[np.float64]
 Users = NDArray[np.int64]
@@ -268,7 +268,7 @@ class WorldBase(ABC):
         titles = titles[:, None]
         satisfaction = np.take_along_axis(self.satisfaction(users), titles, axis=1)
         outcome = self._outcome(users, satisfaction, titles, u[:, None, :])
-        return Scores(*(part[:, 0] for part in outcome))
+        return Scores(outcome.score[:, 0], outcome.watched[:, 0], outcome.exogenous[:, 0])
 
     # -- logs and contexts ----------------------------------------------------------------------------------------
 
@@ -398,9 +398,7 @@ class WorldBase(ABC):
         covariance, spread = sums[0], sums[1] * sums[2]
         return float(np.sign(covariance) * covariance**2 / spread) if spread > 0 else 0.0
 
-    def evaluate(
-        self, agent: Policy, n_users: int = 2_000, seed: int = 0, judge: Judge | None = None
-    ) -> Evaluation:
+    def evaluate(self, agent: Policy, n_users: int = 2_000, seed: int = 0, judge: Judge | None = None) -> Evaluation:
         """Scores an agent on ``n_users`` test contexts, see `recsim_gr.scoring.evaluate`."""
         return evaluate(self, agent, self.contexts(n_users, seed), judge=judge)
 

@@ -1,4 +1,4 @@
-"""The report over synthetic runs: whole, self-contained, escaped, tolerant of gaps, clear about broken files."""
+"""The report over synthetic runs: whole, self-contained, escaped, tolerant of gaps, clear about what broke."""
 
 import json
 import re
@@ -73,9 +73,7 @@ def rows_of(
         for noise, reliability in levels.items():
             cell = {"suite": "landscape", "env": "recsim_gr/WatchTime-v0", "config_id": "0badcafe", "seed": seed,
                     "reward_noise": noise, "noise_model": "watch_time", "reliability": reliability}  # fmt: skip
-            rows += [
-                {**cell, "agent": "", "metric": metric, "value": random.normal(1, 0.1)} for metric in WORLD
-            ]
+            rows += [{**cell, "agent": "", "metric": metric, "value": random.normal(1, 0.1)} for metric in WORLD]
             for k, agent in enumerate(agents):
                 gain = {"BC": 0.0, "Oracle": 1.1, "Random": -0.9}.get(agent, 0.1 * k * (0.6 - noise))
                 value = 3.6 + 0.1 * seed + gain + (0 if agent == "BC" else random.normal(0, 0.02))
@@ -340,10 +338,7 @@ def test_known_agents_look_the_same_in_every_report_and_no_two_alike() -> None:
 
 
 def rows_at(**means: float) -> list[Row]:
-    return [
-        {"agent": agent, "mean": mean, "low": mean - 0.01, "high": mean + 0.01}
-        for agent, mean in means.items()
-    ]
+    return [{"agent": agent, "mean": mean, "low": mean - 0.01, "high": mean + 0.01} for agent, mean in means.items()]
 
 
 def test_the_range_follows_the_learners_and_not_the_ceilings_or_the_collapsed() -> None:
@@ -367,9 +362,7 @@ def test_noise_grows_to_the_right_and_is_spaced_by_correlation(tmp_path: Path) -
     assert axis.encoding["scale"]["type"] == "sqrt"
     assert axis.positions(0.0) == pytest.approx(list(LEVELS.values()))
     moved = np.sqrt(axis.positions(0.01)[:4])
-    assert np.sqrt(list(LEVELS.values())[:4]) - moved == pytest.approx(np.full(4, 0.01)), (
-        "a step to the right"
-    )
+    assert np.sqrt(list(LEVELS.values())[:4]) - moved == pytest.approx(np.full(4, 0.01)), "a step to the right"
 
 
 def test_the_dial_is_the_axis_where_reliability_is_unknown(tmp_path: Path) -> None:
@@ -410,9 +403,7 @@ def broken(folder: Path, kind: str) -> str:
             pq.write_table(table.set_column(table.column_names.index("value"), "value", words), results)
         case "noise without number":
             none = pa.nulls(table.num_rows, pa.float64())
-            pq.write_table(
-                table.set_column(table.column_names.index("reward_noise"), "reward_noise", none), results
-            )
+            pq.write_table(table.set_column(table.column_names.index("reward_noise"), "reward_noise", none), results)
         case "every result twice":
             pq.write_table(pa.concat_tables([table, table]), results)
         case "missing config":
@@ -428,17 +419,14 @@ def broken(folder: Path, kind: str) -> str:
         case "no directory":
             shutil.rmtree(folder)
     return (
-        "failures.json"
-        if "failures" in kind
-        else "config.json"
-        if "config" in kind or "dir" in kind
-        else results.name
+        "failures.json" if "failures" in kind else "config.json" if "config" in kind or "dir" in kind else results.name
     )
 
 
 @pytest.mark.parametrize("kind", [
     "missing results", "truncated results", "empty file", "no parquet", "foreign parquet", "no rows",
-    "words for values", "noise without number", "every result twice", "missing config", "truncated config", "foreign config",
+    "words for values", "noise without number", "every result twice", "missing config", "truncated config",
+    "foreign config",
     "config is a list", "failures are no list", "no directory",
 ])  # fmt: skip
 def test_a_broken_run_is_a_named_error_and_no_report(tmp_path: Path, kind: str) -> None:

@@ -75,9 +75,7 @@ def test_p_values_agree_with_scipy() -> None:
     differences = np.random.default_rng(2).normal(0.4, 1.0, size=(5, 6))
     two_sided, greater = t_test(differences)
     np.testing.assert_allclose(two_sided, stats.ttest_1samp(differences, 0, axis=1).pvalue)
-    np.testing.assert_allclose(
-        greater, stats.ttest_1samp(differences, 0, axis=1, alternative="greater").pvalue
-    )
+    np.testing.assert_allclose(greater, stats.ttest_1samp(differences, 0, axis=1, alternative="greater").pvalue)
 
 
 def test_p_values_without_spread_are_their_limits() -> None:
@@ -147,7 +145,7 @@ def test_place_does_not_depend_on_the_scale(shift: float, scale: float) -> None:
 
 
 def test_comparison_by_hand() -> None:
-    # Paired differences of A: .1, .2, .3, so mean .2, standard error .1/√3, t = 2√3 with 2 degrees of freedom.
+    # Paired differences of A: .1, .2, .3, so mean .2, standard error .1/√3, t = 2√3, 2 degrees of freedom.
     # The seeds themselves differ by whole points: unpaired, nothing could be told.
     results = results_of(
         {"A": [[1.1, 2.2, 3.3]], "B": [[1.0, 2.1, 2.9]], "BC": [[1.0, 2.0, 3.0]], "Oracle": [[2.0, 3.0, 4.0]]}
@@ -194,6 +192,12 @@ def test_results_give_nan_for_what_is_not_there() -> None:
 def test_interquartile_mean_by_hand() -> None:
     # Of eight scores the two lowest and the two highest go: (3 + 4 + 5 + 6) / 4.
     assert interquartile_mean(np.array([[1, 100], [3, 4], [5, 6], [2, 7]], dtype=float)) == 4.5
+
+
+@pytest.mark.parametrize("shape", [(10, 1), (3, 3), (7, 5), (12, 11)])
+def test_interquartile_mean_agrees_with_scipy(shape: tuple[int, int]) -> None:
+    scores = np.random.default_rng(5).normal(size=shape)
+    assert interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25, axis=None))
 
 
 def mean(scores: FloatArray) -> float:

@@ -190,9 +190,7 @@ def test_an_unknown_keyword_is_refused(env_id: str, make: Make, keyword: str) ->
         make(env_id, **{keyword: 3})
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*render_mode:UserWarning"
-)  # make_vec_env asks for one, then does without
+@pytest.mark.filterwarnings("ignore:.*render_mode:UserWarning")  # make_vec_env asks for one, then does without
 def test_sb3_learns_from_it(env_id: str, arguments: dict[str, Any]) -> None:
     envs = make_vec_env(env_id, n_envs=2, seed=0, env_kwargs=arguments[env_id])
     learner = PPO("MultiInputPolicy", envs, n_steps=8, batch_size=16, n_epochs=1, seed=0, device="cpu")
@@ -202,9 +200,7 @@ def test_sb3_learns_from_it(env_id: str, arguments: dict[str, Any]) -> None:
 
 def test_a_fresh_interpreter_finds_them_by_module_name() -> None:
     code = "import gymnasium; print(gymnasium.make('recsim_gr:recsim_gr/WatchTime-v0', pool_users=2).spec.id)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "recsim_gr/WatchTime-v0\n", done.stderr
 
 

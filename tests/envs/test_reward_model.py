@@ -27,9 +27,7 @@ class Arithmetic:
     def on(self, log: InteractionLog) -> "Arithmetic":
         return self
 
-    def at(
-        self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> NDArray[np.float32]:
         return (100 * rows + 10 * steps + titles / 10).astype(np.float32)
 
 

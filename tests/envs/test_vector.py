@@ -69,9 +69,7 @@ def test_infos_have_the_structure_of_gymnasiums_own(
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 300])
-def test_it_plays_the_single_environments_episodes(
-    env_id: str, make: Make, make_vec: Make, num_envs: int
-) -> None:
+def test_it_plays_the_single_environments_episodes(env_id: str, make: Make, make_vec: Make, num_envs: int) -> None:
     env, envs = make(env_id), make_vec(env_id, num_envs, **everything(env_id))
     observations, infos = envs.reset(seed=4)
     for step in range(3):
@@ -152,7 +150,7 @@ def test_a_step_needs_a_reset(env_id: str, make_vec: Make) -> None:
 
 
 def test_there_is_at_least_one(make_vec: Make) -> None:
-    with pytest.raises(ConfigError, match="num_envs must be at least 1"):
+    with pytest.raises(ConfigError, match="num_envs must be an integer of at least 1, got 0"):
         make_vec("recsim_gr/WatchTime-v0", 0)
 
 

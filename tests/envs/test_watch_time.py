@@ -16,9 +16,7 @@ Make = Callable[..., Any]
 WATCH_TIME = "recsim_gr/WatchTime-v0"
 
 
-def exposures(
-    envs: Any, steps: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+def exposures(envs: Any, steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """(users, titles, rewards, infos) of forced exposures to random titles."""
     rng = np.random.default_rng(seed)
     _, infos = envs.reset(seed=seed)
@@ -133,7 +131,9 @@ def test_an_observation_holds_the_history_and_nothing_else(make: Make) -> None:
     ("wrong", "says"),
     [
         ({"split": "holdout"}, "no split 'holdout'"),
-        ({"pool_users": 0}, "1 to"),
+        ({"pool_users": 0}, "pool_users must be an integer of at least 1, got 0"),
+        ({"pool_users": 7.5}, "pool_users must be an integer of at least 1, got 7.5"),
+        ({"n_titles": 40.0}, "n_titles must be an integer"),
         ({"reward_noise": 1.5}, "reward_noise must be between 0 and 1"),
         ({"history_length": 40}, "smaller than the catalogue"),
         ({"world_seed": -1}, "seed must be 0 or more"),
@@ -149,9 +149,9 @@ def test_seed_is_told_apart_from_world_seed(make: Make) -> None:
         make(WATCH_TIME, seed=3)
 
 
-# "-v0 means bytes". Integers count exactly and floats to three decimals, so that the last bits of another
-# processor's exp do not matter and any change of behaviour does. If this test turns red, either the change is a
-# mistake, or it needs WatchTime-v1.
+# "-v0 means bytes". Integers count exactly and floats to six decimals, so that the last bits of another
+# processor's exp do not matter and any change of behaviour does. If this test turns red, either the change is
+# a mistake, or it needs WatchTime-v1.
 FROZEN = "2452a679f6f84588d56734ac92b5a51ff5658c32c618dfd2281793a83532c862"
 
 
@@ -162,7 +162,7 @@ def test_the_frozen_world_has_not_changed() -> None:
     def add(values: Any) -> None:
         array = np.asarray(values)
         if array.dtype.kind == "f":
-            array = np.rint(array * 1_000)
+            array = np.rint(array.astype(np.float64) * 1e6)
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
 
     for split in ("train", "test"):
