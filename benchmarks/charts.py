@@ -286,11 +286,9 @@ def lines(
         rule = alt.Chart(alt.Data(values=[{"y": zero}]))
         layers.append(rule.mark_rule(color="#999", strokeWidth=1).encode(y=alt.Y("y:Q", title=y_title)))
     if whiskers:
-        # Not `opacity`, for which the PNG renderer draws each whisker on a canvas of its own: four times slower.
         faint = alt.condition(selection, alt.value(0.45), alt.value(0.03))
-        bars = alt.Chart(data).transform_filter("isValid(datum.low)").mark_rule(clip=True, strokeWidth=1.2)
-        low = alt.Y("low:Q", title=y_title)
-        layers.append(bars.encode(x=x, y=low, y2="high:Q", color=scales["color"], strokeOpacity=faint, tooltip=tooltip))
+        bars = base.transform_filter("isValid(datum.low)").mark_rule(clip=True, strokeWidth=1.2)
+        layers.append(bars.encode(y=alt.Y("low:Q", title=y_title), y2="high:Q", opacity=faint))
     layers.append(
         base.mark_line(clip=True, strokeWidth=2).encode(
             y=y, order=alt.Order("noise:Q"), strokeDash=scales["strokeDash"]
@@ -463,7 +461,8 @@ def _support(results: Results) -> Drawing | None:
     if not rows:
         return None
     furthest = 1.05 * max(0.1, *(row["x"] for row in rows))
-    spaced = alt.Scale(type="sqrt", domain=[0.0, furthest], nice=False)
+    # A little below zero, where the pretrained policy itself stands, lest its point be cut in half.
+    spaced = alt.Scale(type="sqrt", domain=[-0.002 * furthest, furthest], nice=False)
     x = alt.X("x:Q", title="KL from pretrained (nats)", scale=spaced, axis=alt.Axis(tickCount=5, labelFlush=False))
     y = alt.Y("y:Q", title="true top-10 value", scale=_linear(_padded([row["y"] for row in rows])))
     return _by_level(results, rows, x, y, identity=None)

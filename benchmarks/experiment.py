@@ -97,9 +97,15 @@ def build_world(config: ExperimentConfig, noise: float, seed: int) -> WorldBase:
 
 
 def experiment_identity(config: ExperimentConfig) -> dict[str, Any]:
-    """The config as JSON values; a data file counts by its content, not by where it lies."""
+    """The config as JSON values; a data file counts by its content, not by where it lies.
+
+    Raises:
+        ConfigError: a replayed world that does not fit its settings.
+        DataFileError: a matrix that cannot be read.
+    """
     values = configs.to_dict(config)
     if config.world == "replay":
+        build_world(config, config.noise_levels[0], config.seeds[0])  # before anything is written or run
         values["data"] = Path(config.data).name
         values["data_sha256"] = load_matrix(config.data).sha256
     return values

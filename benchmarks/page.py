@@ -288,7 +288,7 @@ def _findings(results: Results, compared: Mapping[str, Comparison]) -> str:
         )
     if not items:
         return ""
-    note = "The best of several is flattered by the choice. Its p-value allows for that; its mean does not."
+    note = "The best of several is flattered by the choice. Its p-value, where there is one, allows for that."
     listed = f"<ul>{''.join(items)}</ul>"
     return f"<h3>The best learner at each noise level</h3>{listed}<p class='note'>{note}</p>"
 

@@ -5,6 +5,7 @@ is written atomically, the page last, so a page that is there is whole and has i
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,11 +221,17 @@ def _subtitle(config: Mapping[str, Any], world: str, results: Results) -> str:
 
 def _write_figure(folder: Path, file: str, figure: Figure) -> str:
     """Writes a figure's SVG and PNG; returns the SVG."""
-    svg: str = vl_convert.vegalite_to_svg(figure.spec)
+    svg = _named_clips(vl_convert.vegalite_to_svg(figure.spec), file)
     write_text(folder / f"{file}.svg", svg)
     with atomic_path(folder / f"{file}.png") as temporary:
         temporary.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
     return svg
+
+
+def _named_clips(svg: str, file: str) -> str:
+    """Clip paths numbered anew: Vega counts on from picture to picture, so that a second report would differ."""
+    order = {name: k for k, name in enumerate(dict.fromkeys(re.findall(r'id="(clip\d+)"', svg)))}
+    return re.sub(r'(id="|url\(#)(clip\d+)', lambda found: f"{found[1]}{file}-clip{order[found[2]]}", svg)
 
 
 def _remove_stale(folder: Path, written: set[str]) -> None:

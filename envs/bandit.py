@@ -84,8 +84,8 @@ class Bandit(ABC):
 
 
 EPISODES_AT_A_TIME = 256
-"""Episodes that share a stretch of a stream: numbers are drawn that many ahead, since starting a stream takes
-as long as drawing a thousand of them."""
+"""Episodes that share a stretch of a stream: numbers are drawn that many ahead, since starting a stream takes as long
+as drawing a thousand of them."""
 
 
 class Episodes:
@@ -122,7 +122,7 @@ class Episodes:
         if each == 0:
             return np.empty((groups * EPISODES_AT_A_TIME, 0))
         which = np.arange(self._drawn, self._drawn + groups)
-        u = uniforms(self.seed, f"environment/{purpose}", which, EPISODES_AT_A_TIME * each)
+        u = uniforms(self.seed, f"environment", which, EPISODES_AT_A_TIME * each)
         return u.reshape(-1, each)
 
 
@@ -172,8 +172,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         """The next context.
 
         Args:
-            seed: starts both streams, of contexts and of noise, anew; equal seeds, equal episodes. None goes
-            on with
+            seed: starts both streams, of contexts and of noise, anew; equal seeds, equal episodes. None goes on with
                 the streams as they stand, and takes a seed from the system at the first call.
             options: none are known; they are ignored.
         """

@@ -9,12 +9,11 @@ from recsim_gr.envs.bandit import Bandit, Played, Rows, lowest_where_invalid, ob
 from recsim_gr.world import HOURS_BETWEEN_SESSIONS, FloatArray, Users, WorldBase
 
 POOL_USERS = 4_096
-"""Users of an environment unless told otherwise: as many as the quick preset logs, prepared in 0.9 s at 1,000
-titles and held in 2 MB."""
+"""Users of an environment unless told otherwise: as many as the quick preset logs, prepared in 0.9 s at 1,000 titles
+and held in 2 MB."""
 
 BLOCK_USERS = 256
-"""Users prepared together, when the first of them comes: 60 ms at 1,000 titles, so that a first reset is
-quick."""
+"""Users prepared together, when the first of them comes: 60 ms at 1,000 titles, so that a first reset is quick."""
 
 LONGEST_GAP_HOURS = float(np.log(2.0**53)) * HOURS_BETWEEN_SESSIONS
 """Gaps between events are exponential and drawn from uniforms of 53 bits: none can be longer than this."""
@@ -33,8 +32,7 @@ class Pairs(Protocol):
 
 
 class Population:
-    """What a step needs of each user: history, epoch, free time, the logging policy's normaliser, the best
-    title.
+    """What a step needs of each user: history, epoch, free time, the logging policy's normaliser, the best title.
 
     Args:
         world: the world.

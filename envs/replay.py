@@ -18,12 +18,12 @@ from recsim_gr.world import FloatArray, Users
 class ReplayEnv(BanditEnv):
     """Recommend one title to a real user, whose rating of every title is known.
 
-    A contextual bandit: one step an episode. The history is synthetic (the logging policy of `ReplayWorld`
-    chose from the user's real ratings), what the user thinks of the shown title is real, and the reward is
-    that rating behind the noise of watch time.
+    A contextual bandit: one step an episode. The history is synthetic (the logging policy of `ReplayWorld` chose from
+    the user's real ratings), what the user thinks of the shown title is real, and the reward is that rating behind the
+    noise of watch time.
 
-    **Observation**, a dictionary; L is ``history_length`` (20), I the number of titles in the data (Jester
-    100, KuaiRec 3,327):
+    **Observation**, a dictionary; L is ``history_length`` (20), I the number of titles in the data (Jester 100,
+    KuaiRec 3,327):
 
     | key | type | shape | what |
     |---|---|---|---|
@@ -33,16 +33,15 @@ class ReplayEnv(BanditEnv):
     | ``length`` | int64 | () | how many are real: always L here |
     | ``epoch`` | int64 | () | 0 to n_epochs − 1; test users live in the last |
 
-    **Action**: ``Discrete(I)``, the title shown. A title of the history is legal and worth nothing: reward
-    and satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
+    **Action**: ``Discrete(I)``, the title shown. A title of the history is legal and worth nothing: reward and
+    satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
 
     **Reward**: float, the observed score in points: 1 + 4·(watched fraction), in [1, 5].
 
-    **Termination**: always after the one step; never truncated. The observation returned with it is the same
-    context.
+    **Termination**: always after the one step; never truncated. The observation returned with it is the same context.
 
-    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, the row of the
-    matrix, for referees. At the step:
+    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, the row of the matrix, for
+    referees. At the step:
 
     | key | type | what |
     |---|---|---|
@@ -55,8 +54,8 @@ class ReplayEnv(BanditEnv):
     | ``exogenous`` | bool | whether the score had nothing to do with satisfaction |
     | ``invalid`` | bool | whether the title had been seen before |
 
-    **Randomness**: ``reset(seed=s)`` starts two independent streams, of users and of noise. Users are drawn
-    uniformly from those of the split. The split, the choices and the durations follow from ``world_seed``.
+    **Randomness**: ``reset(seed=s)`` starts two independent streams, of users and of noise. Users are drawn uniformly
+    from those of the split. The split, the choices and the durations follow from ``world_seed``.
 
     Example::
 

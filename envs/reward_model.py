@@ -30,8 +30,7 @@ class Table(Protocol):
     """What is asked of `recsim_gr.rewards.RewardTable`."""
 
     def at(self, rows: Rows, steps: Rows, titles: Rows) -> NDArray[np.float32]:
-        """(n,): the reward of one title after the first ``steps`` events of the users at ``rows`` of the
-        log."""
+        """(n,): the reward of one title after the first ``steps`` events of the users at ``rows`` of the log."""
         ...
 
 
@@ -51,8 +50,8 @@ class Rewards(Protocol):
 class RewardModelEnv(BanditEnv):
     """Recommend one title in a context of a log; the reward is what a reward model predicts.
 
-    A contextual bandit: one step an episode. Everything in it follows from the log, so this is where an
-    algorithm may train that must not see the truth.
+    A contextual bandit: one step an episode. Everything in it follows from the log, so this is where an algorithm may
+    train that must not see the truth.
 
     **Observation**, a dictionary; L is the log's longest history, I its ``n_titles``:
 
@@ -64,21 +63,18 @@ class RewardModelEnv(BanditEnv):
     | ``length`` | int64 | () | t, 0 to L − 1: how many are real |
     | ``epoch`` | int64 | () | 0 to the log's last epoch |
 
-    **Action**: ``Discrete(I)``, the title. A title among the t seen is legal and worth nothing: reward 1,
-    ``invalid`` true.
+    **Action**: ``Discrete(I)``, the title. A title among the t seen is legal and worth nothing: reward 1, ``invalid``
+    true.
 
-    **Reward**: float, r̂(x, a): the ensemble's mean prediction of the score, in points. It is not cut to [1,
-    5].
+    **Reward**: float, r̂(x, a): the ensemble's mean prediction of the score, in points. It is not cut to [1, 5].
 
-    **Termination**: always after the one step; never truncated. The observation returned with it is the same
-    context.
+    **Termination**: always after the one step; never truncated. The observation returned with it is the same context.
 
-    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, the log's. At the
-    step: ``invalid``, bool, whether the title had been seen before. The truth is not in it, since nobody
-    knows it here.
+    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, the log's. At the step:
+    ``invalid``, bool, whether the title had been seen before. The truth is not in it, since nobody knows it here.
 
-    **Randomness**: ``reset(seed=s)`` starts a stream of contexts: uniform over the events of the log, each
-    standing for the history before it. The reward has none.
+    **Randomness**: ``reset(seed=s)`` starts a stream of contexts: uniform over the events of the log, each standing
+    for the history before it. The reward has none.
 
     Example::
 
@@ -90,8 +86,7 @@ class RewardModelEnv(BanditEnv):
         obs, reward, terminated, truncated, info = env.step(env.action_space.sample(info["action_mask"]))
 
     Args:
-        rewards: a fitted `recsim_gr.RewardEnsemble`. Without it (and without a log) the environment makes a
-        tiny world
+        rewards: a fitted `recsim_gr.RewardEnsemble`. Without it (and without a log) the environment makes a tiny world
             itself, logs it, and fits a small ensemble, see `tiny_reward_model`: for trying things out.
         log: whose contexts come.
 
@@ -107,11 +102,10 @@ class RewardModelEnv(BanditEnv):
 
 
 class RewardModelVectorEnv(BanditVectorEnv):
-    """`RewardModelEnv`, ``num_envs`` contexts at a time: see there for every key, with n in front of every
-    shape.
+    """`RewardModelEnv`, ``num_envs`` contexts at a time: see there for every key, with n in front of every shape.
 
-    See `BanditVectorEnv` for what its infos hold and for ``action_mask`` and ``final_obs``; regrets are not
-    known here.
+    See `BanditVectorEnv` for what its infos hold and for ``action_mask`` and ``final_obs``; regrets are not known
+    here.
 
     Example::
 
@@ -204,8 +198,8 @@ TINY_WORLD = WorldConfig(n_titles=50, history_length=10, reward_noise=0.25, seed
 TINY_USERS = 256
 TINY_PRETRAINING = TrainingConfig(steps=120, learning_rate=1e-2, warmup_steps=10, checks=4)
 TINY_REWARDS = RewardEnsembleConfig(members=2, training=TrainingConfig(steps=40, warmup_steps=5, checks=2))
-"""What `tiny_reward_model` is made of: a catalogue and a log small enough to be fitted in three seconds, at a
-noise that leaves something to learn."""
+"""What `tiny_reward_model` is made of: a catalogue and a log small enough to be fitted in three seconds, at a noise
+that leaves something to learn."""
 
 
 @cache

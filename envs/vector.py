@@ -15,11 +15,10 @@ from recsim_gr.envs.bandit import Bandit, Episodes, FloatArray, Observation, Pla
 class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
     """``num_envs`` episodes at a time; its subclasses are the registered vector environments.
 
-    Every step ends every episode, and the next contexts come with it (``AutoresetMode.SAME_STEP``). As
-    Gymnasium's own vector environments do in that mode, it returns the observations and infos of the *new*
-    episodes, and puts what the actions earned into ``infos["final_info"]``; beside each key of an info,
-    ``_key`` is an array of True. Environment i plays episodes i, num_envs + i, … of the seed, which are the
-    single environment's.
+    Every step ends every episode, and the next contexts come with it (``AutoresetMode.SAME_STEP``). As Gymnasium's own
+    vector environments do in that mode, it returns the observations and infos of the *new* episodes, and puts what the
+    actions earned into ``infos["final_info"]``; beside each key of an info, ``_key`` is an array of True. Environment
+    i plays episodes i, num_envs + i, … of the seed, which are the single environment's.
 
     What costs time or memory is there on request only.
 
@@ -27,9 +26,8 @@ class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
         bandit: contexts and rewards.
         num_envs: n.
         action_mask: puts ``action_mask``, int8 (n, I), into the infos of reset and step.
-        regret: puts ``regret`` and ``best_satisfaction``, float64 (n,), into ``final_info``, where they are
-        known. final_obs: puts ``final_obs`` into the infos of a step: an object array of n dictionaries. They
-        say what the
+        regret: puts ``regret`` and ``best_satisfaction``, float64 (n,), into ``final_info``, where they are known.
+        final_obs: puts ``final_obs`` into the infos of a step: an object array of n dictionaries. They say what the
             call before returned, since a context does not change with the step that ends its episode.
 
     Raises:

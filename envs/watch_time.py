@@ -18,9 +18,8 @@ ConfigT = TypeVar("ConfigT", bound=BehaviourConfig)
 class WatchTimeEnv(BanditEnv):
     """Recommend one title to a simulated user; the reward is what the user's watch time says of it.
 
-    A contextual bandit: one step an episode. The user is shown the title whatever they would have chosen (a
-    forced exposure), and their score mixes true satisfaction with exogenous sessions, as the noise model
-    says.
+    A contextual bandit: one step an episode. The user is shown the title whatever they would have chosen (a forced
+    exposure), and their score mixes true satisfaction with exogenous sessions, as the noise model says.
 
     **Observation**, a dictionary; L is ``history_length`` (20), I is ``n_titles`` (1,000):
 
@@ -32,16 +31,15 @@ class WatchTimeEnv(BanditEnv):
     | ``length`` | int64 | () | how many are real: always L here |
     | ``epoch`` | int64 | () | 0 to n_epochs − 1; test users live in the last |
 
-    **Action**: ``Discrete(I)``, the title shown. A title of the history is legal and worth nothing: reward
-    and satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
+    **Action**: ``Discrete(I)``, the title shown. A title of the history is legal and worth nothing: reward and
+    satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
 
     **Reward**: float, the observed score in points: 1 + 4·(watched fraction), in [1, 5].
 
-    **Termination**: always after the one step; never truncated. The observation returned with it is the same
-    context.
+    **Termination**: always after the one step; never truncated. The observation returned with it is the same context.
 
-    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, for referees: it
-    names the user in `World`. At the step:
+    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, for referees: it names the
+    user in `World`. At the step:
 
     | key | type | what |
     |---|---|---|
@@ -54,9 +52,9 @@ class WatchTimeEnv(BanditEnv):
     | ``exogenous`` | bool | whether the score had nothing to do with satisfaction |
     | ``invalid`` | bool | whether the title had been seen before |
 
-    **Randomness**: ``reset(seed=s)`` starts two independent streams, of users and of noise. Users are drawn
-    uniformly from the first ``pool_users`` of the split, with their histories as in a log of as many users.
-    The world itself follows from ``world_seed``.
+    **Randomness**: ``reset(seed=s)`` starts two independent streams, of users and of noise. Users are drawn uniformly
+    from the first ``pool_users`` of the split, with their histories as in a log of as many users. The world itself
+    follows from ``world_seed``.
 
     Example::
 

@@ -7,8 +7,7 @@ ENVIRONMENTS = {
     "recsim_gr/Replay-v0": ("recsim_gr.envs.replay", "ReplayEnv"),
     "recsim_gr/RewardModel-v0": ("recsim_gr.envs.reward_model", "RewardModelEnv"),
 }
-"""By id: the module and the class; the vector environment beside it is called XVectorEnv where the class is
-XEnv."""
+"""By id: the module and the class; the vector environment beside it is called XVectorEnv where the class is XEnv."""
 
 
 def register_environments() -> None:

@@ -1,8 +1,8 @@
 """Worlds of real users: a fully observed matrix of real ratings, replayed under synthetic choices.
 
-What a user thinks of every title is real, so every counterfactual is known. Everything else is ours: the
-logging policy (its propensities are therefore exact), the appeal of titles (which has nothing to do with
-their real ratings), watch time and its noise, and the durations where the data have none.
+What a user thinks of every title is real, so every counterfactual is known. Everything else is ours: the logging
+policy (its propensities are therefore exact), the appeal of titles (which has nothing to do with their real ratings),
+watch time and its noise, and the durations where the data have none.
 """
 
 import hashlib
@@ -93,9 +93,8 @@ KNOWN_FILES = {
         "KuaiRec v2, zenodo.org/records/18164998, whose small_matrix.csv may be given as it is",
     ),
 }
-"""By file name: what a missing file is told apart by. A file with another checksum is read all the same (a
-larger extract is as good), after the same checks of shape, type and range; `RatingMatrix.provenance` says
-which it is."""
+"""By file name: what a missing file is told apart by. A file with another checksum is read all the same (a larger
+extract is as good), after the same checks of shape, type and range; `RatingMatrix.provenance` says which it is."""
 
 HOW_TO_MAKE_ONE = "numpy.savez(path, ratings=matrix) with a (users, titles) matrix makes one"
 
@@ -163,8 +162,7 @@ def _kuairec(archive: Archive) -> RatingMatrix:
 
 
 def _own(archive: Archive) -> RatingMatrix:
-    """A user's own file: ``ratings`` (U, I), and if wanted ``low``, ``high`` and ``duration_minutes``
-    (I,)."""
+    """A user's own file: ``ratings`` (U, I), and if wanted ``low``, ``high`` and ``duration_minutes`` (I,)."""
     ratings = archive.array("ratings", "iuf", 2).astype(np.float64)
     _refuse(str(archive.path), "ratings", ~np.isfinite(ratings), "a finite number: every cell is needed")
     if ratings.size == 0:
@@ -186,8 +184,7 @@ TOP_WATCH_RATIO = 2.0
 """Watched twice over: satisfaction 5, as in the reduced file, whose likes are ratios of 2 and more."""
 
 LEAST_COVERAGE = 0.99
-"""KuaiRec's table lacks 0.4 % of its cells, videos whose authors the user had blocked; they count as never
-watched."""
+"""KuaiRec's table lacks 0.4 % of its cells, videos whose authors the user had blocked; they count as never watched."""
 
 
 def _is_table(content: bytes) -> bool:
@@ -196,8 +193,7 @@ def _is_table(content: bytes) -> bool:
 
 
 def _kuairec_table(path: Path, content: bytes) -> RatingMatrix:
-    """The official table, a row a watched video: satisfaction rises with the watch ratio, up to
-    `TOP_WATCH_RATIO`."""
+    """The official table, a row a watched video: satisfaction rises with the watch ratio, up to `TOP_WATCH_RATIO`."""
     options = csv.ConvertOptions(include_columns=TABLE_COLUMNS)
     try:
         table = csv.read_csv(io.BytesIO(content), convert_options=options)
@@ -238,18 +234,15 @@ FORMATS = {
 def load_matrix(path: str | Path) -> RatingMatrix:
     """Reads a fully observed rating matrix; which format it is in follows from its keys, never from its name.
 
-    Ratings are mapped linearly onto satisfaction, the ends of their scale to 1 and 5. No code from the file
-    is run.
+    Ratings are mapped linearly onto satisfaction, the ends of their scale to 1 and 5. No code from the file is run.
 
     Args:
         path: KuaiRec's own ``small_matrix.csv``, or an npz file in one of `FORMATS`: Jester's or KuaiRec's reduced
-            matrix, or your own with the key
-            ``ratings`` (U, I); without scalars ``low`` and ``high``, the least and greatest rating are the
-            ends of its scale; ``duration_minutes`` (I,) may be given.
+            matrix, or your own with the key ``ratings`` (U, I); without scalars ``low`` and ``high``, the least and
+            greatest rating are the ends of its scale; ``duration_minutes`` (I,) may be given.
 
     Raises:
-        DataFileError: missing (names the official source of a known file), truncated, no npz, foreign, or
-        with cells
+        DataFileError: missing (names the official source of a known file), truncated, no npz, foreign, or with cells
             that are missing or out of range.
     """
     path = Path(path)
@@ -313,16 +306,15 @@ class ReplayConfig(BehaviourConfig):
     path: str = field(metadata={"identity": False})
     """The data file, see `load_matrix`."""
     pull_strength: float = 1.0
-    """κ, half of a simulated world's. Binary ratings make z two-valued: where a user likes 5 % of the titles,
-    a like has z = 4.4, and at κ = 2 a discerning user picks a like 510 times in 511. On KuaiRec 31 % of the
-    histories then hold a single rating, from which nothing can be learned; at κ = 1 it is 8 %. On Jester the
-    policy's perplexity at κ = 1 is 45 of 100 titles."""
+    """κ, half of a simulated world's. Binary ratings make z two-valued: where a user likes 5 % of the titles, a like
+    has z = 4.4, and at κ = 2 a discerning user picks a like 510 times in 511. On KuaiRec 31 % of the histories then
+    hold a single rating, from which nothing can be learned; at κ = 1 it is 8 %. On Jester the policy's
+    perplexity at κ = 1 is 45 of 100 titles."""
     sha256: str = ""
-    """Checksum that the file must have; empty accepts any, and `ReplayWorld.config` then holds the one it
-    found, so that the config saved beside a result pins its data."""
+    """Checksum that the file must have; empty accepts any, and `ReplayWorld.config` then holds the one it found, so
+    that the config saved beside a result pins its data."""
     train_share: float = 0.56
-    """Of the users, by a permutation that the seed decides: 4,032 of Jester's 7,200, the quick preset's
-    4,000."""
+    """Of the users, by a permutation that the seed decides: 4,032 of Jester's 7,200, the quick preset's 4,000."""
     validation_share: float = 0.12
     """864 of Jester's: a mean over them has a standard error of 0.03 points."""
     test_share: float = 0.2
@@ -425,8 +417,7 @@ class ReplayWorld(WorldBase):
 
     @cached_property
     def standardised(self) -> NDArray[np.float32]:
-        """(U, I): z, satisfaction centred and of unit variance for each user; 0 for a user without
-        variance."""
+        """(U, I): z, satisfaction centred and of unit variance for each user; 0 for a user without variance."""
         centred = self.matrix.satisfaction - self.matrix.satisfaction.mean(axis=1, keepdims=True, dtype=np.float64)
         deviation = centred.std(axis=1, keepdims=True)
         # a constant row is centred to rounding errors, which must not be blown up

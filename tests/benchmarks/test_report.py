@@ -240,14 +240,6 @@ def test_running_again_overwrites_with_the_same_bytes(tmp_path: Path) -> None:
     assert names == {"config.json", "results.parquet", "report.html", "landscape.svg", "landscape.png"}
 
 
-def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", tiny_rows(seeds=(7,)))
-    text = write_report(folder).read_text(encoding="utf-8")
-    assert "This run has one seed, so there are no intervals and no p-values" in text
-    assert "one seed: no test" in text
-    assert "whiskers" not in (folder / "figures" / "landscape.svg").read_text(encoding="utf-8")
-
-
 def html_of(results: Results) -> str:
     """A page without pictures, which take the time."""
     return page({"suite": "landscape"}, [Section("w · e · n", results, {}, {})], [], [], 0, "")
@@ -256,6 +248,16 @@ def html_of(results: Results) -> str:
 def results_of(tmp_path: Path, rows: list[Row]) -> Results:
     (results,) = read_results(write_run(tmp_path / "run", rows) / "results.parquet").values()
     return results
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    results = results_of(tmp_path, tiny_rows(seeds=(7,)))
+    text = html_of(results)
+    assert "This run has one seed, so there are no intervals and no p-values" in text
+    assert "one seed: no test" in text
+    assert "±" not in text[text.index("True top-10 value") : text.index("Glossary")].replace("± half", "")
+    (landscape,) = figures(results, "subtitle")
+    assert "whiskers" not in json.dumps(landscape.spec["title"])
 
 
 def test_interquartile_mean_needs_ten_seeds(tmp_path: Path) -> None:

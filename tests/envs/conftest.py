@@ -1,6 +1,7 @@
 """What the tests of the environments share: registered ids, a small data file, one of each environment."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,41 @@ def arguments(ratings_file: Path) -> dict[str, dict[str, Any]]:
         "recsim_gr/Replay-v0": {"data": str(ratings_file), "history_length": 6},
         "recsim_gr/RewardModel-v0": {},
     }
+
+
+@pytest.fixture(scope="session")
+def checksum() -> Callable[..., str]:
+    """The sha256 of a world's truth and of twelve episodes.
+
+    Integers count exactly and floats to six decimals, so that the last bits of another processor's exp do not matter,
+    and any change of behaviour does.
+    """
+
+    def checksum(env: Any) -> str:
+        digest = hashlib.sha256()
+        for values in (*_truth(env.bandit.world), *_episodes(env)):
+            array = np.asarray(values)
+            if array.dtype.kind == "f":
+                array = np.rint(array.astype(np.float64) * 1e6)
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    return checksum
+
+
+def _truth(world: Any) -> Iterator[Any]:
+    for split in ("train", "test"):
+        users = world.users(split, 5)
+        yield from (world.satisfaction(users), world.expected_score(users), world.utilities(users))
+
+
+def _episodes(env: Any) -> Iterator[Any]:
+    for episode in range(12):
+        observation, info = env.reset(seed=0 if episode == 0 else None)
+        seen = int(observation["titles"][3])
+        _, reward, _, _, final = env.step(seen if episode == 5 else 83 * episode % env.bandit.n_titles)
+        for part in (observation, {"user": info["user"], "reward": reward}, final):
+            yield from (part[key] for key in sorted(part))
 
 
 @pytest.fixture(params=IDS)

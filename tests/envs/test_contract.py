@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -16,6 +18,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 from stable_baselines3.common.env_util import make_vec_env
 
 from recsim_gr._registration import ENVIRONMENTS, register_environments
+from recsim_gr.envs import ReplayEnv, ReplayVectorEnv, RewardModelVectorEnv, WatchTimeEnv, WatchTimeVectorEnv
 from recsim_gr.errors import ConfigError
 
 Make = Callable[..., Any]
@@ -202,6 +205,15 @@ def test_a_fresh_interpreter_finds_them_by_module_name() -> None:
     code = "import gymnasium; print(gymnasium.make('recsim_gr:recsim_gr/WatchTime-v0', pool_users=2).spec.id)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "recsim_gr/WatchTime-v0\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "example", [WatchTimeEnv, WatchTimeVectorEnv, ReplayEnv, ReplayVectorEnv, RewardModelVectorEnv]
+)
+def test_the_examples_run(example: type, ratings_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (example.__doc__ or "").split("Example::\n\n")[1].split("\n\n")[0]
+    exec(textwrap.dedent(lines).replace('"ratings.npz"', repr(str(ratings_file))), {})
+    assert capsys.readouterr().out
 
 
 def test_a_world_and_its_fields_exclude_each_other(make: Make) -> None:

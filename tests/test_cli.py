@@ -1,0 +1,135 @@
+"""The command line: exit codes, one line a mistake, nothing overwritten."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recsim_gr.cli import FAILED_CELLS, INTERRUPTED, USER_ERROR, main
+from recsim_gr.log import InteractionLog
+from recsim_gr.world import World, WorldConfig
+
+LANDSCAPE = ["run", "landscape", "--preset", "smoke"]
+
+
+def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that must fail as a user's mistake; its one line."""
+    assert main(arguments) == USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("recsim-gr: ")
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "landscap"], "no suite 'landscap'; there are"),
+        (["run", "landscape", "--preset", "huge"], "has no preset 'huge'; it has quick"),
+        ([*LANDSCAPE, "--agents", "BC", "Oracle", "GPT"], "no agent 'GPT'; there are"),
+        ([*LANDSCAPE, "--agents", "ASFT"], "a list with BC in it"),
+        ([*LANDSCAPE, "--noise-levels", "0", "1.5"], "between 0 and 1"),
+        ([*LANDSCAPE, "--noise-levels", "nan"], "between 0 and 1"),
+        ([*LANDSCAPE, "--n-titles", "0"], "n_titles must be at least 2"),
+        ([*LANDSCAPE, "--history-length", "40"], "smaller than the catalogue (40 titles)"),
+        ([*LANDSCAPE, "--seeds", "-1"], "0 or more"),
+        ([*LANDSCAPE, "--seeds", "1", "1"], "no repeats"),
+        ([*LANDSCAPE, "--n-users", "0"], "n_users must be at least 2"),
+        ([*LANDSCAPE, "--workers", "0"], "--workers must be at least 1"),
+        ([*LANDSCAPE, "--world", "real"], "one of simulated, replay"),
+        ([*LANDSCAPE, "--world", "replay"], "--data PATH"),
+        ([*LANDSCAPE, "--data", "x.npz"], "add --world replay"),
+        ([*LANDSCAPE, "--noise-model", "cauchy"], "one of watch_time, gaussian"),
+        (["run", "convergence", "--agents", "BC"], "has no option --agents"),
+    ],
+)
+def test_mistakes(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert says in mistake([*arguments, *out], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"not an archive at all", None])
+def test_bad_data_files(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "ratings.npz"
+    if content is not None:
+        data.write_bytes(content)
+    command = [*LANDSCAPE, "--world", "replay", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert "ratings.npz" in mistake(command, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_with_too_few_titles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "ratings.npz", ratings=np.random.default_rng(0).random((100, 5)))
+    command = [*LANDSCAPE, "--world", "replay", "--data", str(tmp_path / "ratings.npz")]
+    assert "history_length" in mistake([*command, "--out", str(tmp_path / "out")], capsys)
+
+
+def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is missing" in mistake(["report", str(tmp_path)], capsys)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read as JSON" in mistake(["report", str(tmp_path)], capsys)
+    (tmp_path / "config.json").write_text('{"suite": "landscape"}')
+    assert "results.parquet" in mistake(["report", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "log"])
+def test_report_over_foreign_results(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"suite": "landscape"}))
+    log: InteractionLog = World(WorldConfig(n_titles=10, history_length=3)).generate_log(5)
+    log.write(tmp_path / "results.parquet")
+    if kind == "truncated":
+        content = (tmp_path / "results.parquet").read_bytes()
+        (tmp_path / "results.parquet").write_bytes(content[: len(content) // 2])
+    assert "results.parquet" in mistake(["report", str(tmp_path)], capsys)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_unknown_flags_and_commands_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["fly"], ["run", "landscape", "--speed", "11"], ["run"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == USER_ERROR
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupting_exits_with_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recsim_gr.benchmarks.runner._run_cells", interrupted)
+    assert main([*LANDSCAPE, "--out", str(tmp_path / "out")]) == INTERRUPTED
+    assert "goes on where it stopped" in capsys.readouterr().err
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("recsim_gr/WatchTime-v0", "recsim_gr/Replay-v0", "ASFT", "Oracle", "landscape", "convergence"):
+        assert name in text
+
+
+def test_landscape_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agents = ["--agents", "Random", "BC", "ASFT", "ScoreOracle", "Oracle"]
+    command = [*LANDSCAPE, *agents, "--noise-levels", "0.5", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.strip().endswith(f"The report: {tmp_path / 'out' / 'report.html'}")
+    assert "holds: Oracle is first in true value" in text
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "ASFT" in html
+    assert (tmp_path / "out" / "figures" / "landscape.svg").exists()
+
+
+def test_failed_cells_exit_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(suite: object, todo: list, *_: object) -> dict[str, str]:
+        return {cell.name: "MemoryError: no room" for cell in todo}
+
+    monkeypatch.setattr("recsim_gr.benchmarks.runner._run_cells", crash)
+    assert main([*LANDSCAPE, "--out", str(tmp_path / "out")]) == FAILED_CELLS
+    assert "noise-0-seed-0 FAILED: MemoryError: no room" in capsys.readouterr().out
