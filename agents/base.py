@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recsim_gr import configs
 from recsim_gr.backbone import HSTU, HSTUConfig
-from recsim_gr.errors import CheckpointError, ConfigError, UnknownNameError
+from recsim_gr.errors import CheckpointError, ConfigError, RecsimError, UnknownNameError
 from recsim_gr.files import atomic_path, read_json, write_json
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
@@ -50,6 +50,10 @@ class FineTuningConfig(AgentConfig):
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The same steps, batches, rate and stopping rule for all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.require(isinstance(self.training, TrainingConfig), self, "training", "a TrainingConfig")
 
 
 @dataclass
@@ -173,9 +177,7 @@ class Agent(ABC):
     def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
         """The inverse of `shape` and `state`; an agent that learns nothing has nothing to restore."""
         if shape or state:
-            raise CheckpointError(
-                f"{self.name} keeps nothing, but the checkpoint holds something"
-            )
+            raise CheckpointError(f"{self.name} keeps nothing, but the checkpoint holds something")
 
     def save(self, directory: str | Path) -> None:
         """Writes ``agent.json`` and ``agent.safetensors`` into a directory.
@@ -207,9 +209,18 @@ def load_agent(directory: str | Path) -> Agent:
             values["training"] = configs.from_dict(TrainingConfig, values["training"])
         agent = kind(configs.from_dict(kind.config_type, values))
         agent.restore(about["shape"], load_file(directory / "agent.safetensors"))
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, UnknownNameError):
-            raise
+    except RecsimError:
+        raise
+    except (
+        OSError,
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         message = f"{directory} holds no agent that can be loaded ({error}); save it again with Agent.save"
         raise CheckpointError(message) from error
     return agent

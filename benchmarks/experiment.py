@@ -54,10 +54,10 @@ class ExperimentConfig:
     pretraining: TrainingConfig = PRETRAINING
     rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
     judge_pretraining: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=500, learning_rate=1e-2, warmup_steps=50, checks=4)
+        default_factory=lambda: TrainingConfig(steps=400, learning_rate=1e-2, warmup_steps=50, checks=4)
     )
     """Half the agents' own: the judge's backbone only serves its scores, which go on training it."""
-    judge: RewardEnsembleConfig = field(default_factory=lambda: RewardEnsembleConfig(members=2))
+    judge: RewardEnsembleConfig = field(default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=240)))
     """Two members: only their mean is used."""
 
     def __post_init__(self) -> None:

@@ -122,7 +122,7 @@ class Episodes:
         if each == 0:
             return np.empty((groups * EPISODES_AT_A_TIME, 0))
         which = np.arange(self._drawn, self._drawn + groups)
-        u = uniforms(self.seed, f"environment", which, EPISODES_AT_A_TIME * each)
+        u = uniforms(self.seed, f"environment/{purpose}", which, EPISODES_AT_A_TIME * each)
         return u.reshape(-1, each)
 
 

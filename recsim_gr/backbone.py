@@ -154,6 +154,7 @@ class HSTU(nn.Module):
 
 def _gap_buckets(times: Tensor) -> Tensor:
     """(B, T + 1, T + 1) int64: bucket of the time between two positions; the opening token stands at the first."""
-    when = torch.cat([times[:, :1], times], dim=1)
+    opening = times[:, :1].sum(dim=1, keepdim=True)  # (B, 1) also where T is 0
+    when = torch.cat([opening, times], dim=1)
     minutes = 60.0 * (when[:, :, None] - when[:, None, :]).abs()
     return torch.log2(minutes.clamp(min=1.0)).long().clamp(max=TIME_BUCKETS - 1)

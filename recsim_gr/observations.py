@@ -57,10 +57,10 @@ class Observations:
             gap_hours: hours between the last event and this one.
         """
         rows = np.arange(len(self))
-        last = np.where(self.length > 0, self.times[rows, np.maximum(self.length - 1, 0)], np.float32(0.0))
         one_more = ((0, 0), (0, 1))
         wider_titles = np.pad(self.titles, one_more, constant_values=self.n_titles)
         wider_scores, wider_times = np.pad(self.scores, one_more), np.pad(self.times, one_more)
+        last = wider_times[rows, np.maximum(self.length - 1, 0)]  # 0, the padding, where there was no event
         wider_titles[rows, self.length] = titles
         wider_scores[rows, self.length] = scores
         wider_times[rows, self.length] = last + gap_hours

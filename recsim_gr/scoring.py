@@ -16,7 +16,8 @@ from recsim_gr.randomness import uniforms
 FloatArray = NDArray[np.float64]
 
 TOP_K = 10
-"""Length of the list behind the headline ``value_top10`` and the ranking metrics."""
+"""Length of the list behind the headline ``value_top10`` and the ranking metrics; where some context has fewer unseen
+titles, all lists are cut to as many."""
 
 ROLLOUT_STEPS, DISCOUNT = 3, 0.9
 """The judge's horizon and discount: the study's few discounted steps."""
@@ -125,6 +126,8 @@ class Examination:
     ) -> None:
         self.world, self.contexts, self.judge, self.seed = world, contexts, judge, seed
         self.rollouts = min(rollout_contexts, len(contexts))
+        unseen = int((~contexts.observations.seen()).sum(axis=1).min())
+        self.listed, self.rollout_steps = min(TOP_K, unseen), min(ROLLOUT_STEPS, unseen)
         self.reference = None if reference is None else self._answer(reference).log_probs
 
     @cached_property
@@ -149,7 +152,7 @@ class Examination:
             PolicyError: its answer is no policy.
         """
         answer = self._answer(policy)
-        top = metrics.top_k(answer.scores, TOP_K)
+        top = metrics.top_k(answer.scores, self.listed)
         per_context = np.take_along_axis(self.satisfaction, top, axis=1).mean(axis=1)
         figures = self._values(answer, top) | self._support(answer, top) | self._offline(answer)
         if self.judge is not None:
@@ -166,7 +169,7 @@ class Examination:
     def _values(self, answer: Answer, top: NDArray[np.int64]) -> dict[str, float]:
         probabilities = np.exp(answer.log_probs)
         unseen = np.where(self.contexts.observations.seen(), -np.inf, self.satisfaction)
-        best = np.take_along_axis(unseen, metrics.top_k(unseen, TOP_K), axis=1)
+        best = np.take_along_axis(unseen, metrics.top_k(unseen, self.listed), axis=1)
         figures: dict[str, float] = {}
         for name, truth in (("value", self.satisfaction), ("score_value", self.expected_score)):
             listed = np.take_along_axis(truth, top, axis=1)
@@ -199,11 +202,12 @@ class Examination:
         ranks = metrics.rank_of(answer.scores, contexts.next_titles)
         seen_truth = _history_mean(self.satisfaction, contexts.observations)
         observed = contexts.observations.scores.sum(axis=1) / np.maximum(contexts.observations.length, 1)
-        low = contexts.next_scores.min()
+        next_scores = contexts.next_scores.astype(np.float64)
+        low = next_scores.min()
         groups = {
             "": _above_median(observed),
             "_true": _above_median(seen_truth),
-            "_own": (contexts.next_scores - low) / max(float(np.ptp(contexts.next_scores)), 1e-12),
+            "_own": (next_scores - low) / max(float(np.ptp(next_scores)), 1e-12),
         }
         figures = {}
         for suffix, weight in groups.items():
@@ -246,12 +250,12 @@ class Examination:
         observations = self.contexts.observations[slice(0, self.rollouts)]
         log_probs = first.log_probs[: self.rollouts]
         rewards = []
-        for step in range(ROLLOUT_STEPS):
+        for step in range(self.rollout_steps):
             titles = sample_titles(log_probs, self._rollout_uniforms[:, step, 0])
             judgement = self._first_judgement if step == 0 else self.judge.mean(observations)
             scores = np.take_along_axis(judgement, titles[:, None], axis=1)[:, 0]
             rewards.append(float(scores.mean()))
-            if step + 1 < ROLLOUT_STEPS:
+            if step + 1 < self.rollout_steps:
                 observations = observations.append(titles, scores, ROLLOUT_GAP_HOURS)
                 log_probs = self._rollout_log_probs(policy, observations)
         return discounted_mean(rewards)
@@ -261,13 +265,13 @@ class Examination:
         users = self.contexts.users[: self.rollouts]
         log_probs = first.log_probs[: self.rollouts]
         scores, values = [], []
-        for step in range(ROLLOUT_STEPS):
+        for step in range(self.rollout_steps):
             u = self._rollout_uniforms[:, step]
             titles = sample_titles(log_probs, u[:, 0])
             rows = (np.arange(len(users)), titles)
             scores.append(float(self.expected_score[: self.rollouts][rows].mean()))
             values.append(float(self.satisfaction[: self.rollouts][rows].mean()))
-            if step + 1 < ROLLOUT_STEPS:
+            if step + 1 < self.rollout_steps:
                 got = self.world.sample_scores(users, titles, u[:, 1:]).score.astype(np.float32)
                 observations = observations.append(titles, got, ROLLOUT_GAP_HOURS)
                 log_probs = self._rollout_log_probs(policy, observations)

@@ -272,9 +272,7 @@ def test_a_folder_that_cannot_be_made_is_a_named_error(tmp_path: Path) -> None:
 
 
 def test_json_that_is_missing_or_none_is_a_named_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        RunDirectoryError, match=r"x\.json is missing; is this the output directory of a run\?"
-    ):
+    with pytest.raises(RunDirectoryError, match=r"x\.json is missing; is this the output directory of a run\?"):
         read_json(tmp_path / "x.json")
     for name, content in (("cut", b'{"a": [1, '), ("bytes", b"\xff\xfe\x00"), ("empty", b"")):
         (tmp_path / name).write_bytes(content)

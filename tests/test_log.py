@@ -152,10 +152,7 @@ def test_a_title_seen_twice_is_refused_at_its_second_row(columns: Columns, data:
     columns["title"][row] = columns["title"][row - earlier]
     message = refusal_of(columns)
     title = columns["title"][row]
-    assert (
-        message
-        == f"row {row} of the log: title must be a title that this user has not seen before, got {title}"
-    )
+    assert message == f"row {row} of the log: title must be a title that this user has not seen before, got {title}"
 
 
 @PROPERTY
@@ -163,16 +160,12 @@ def test_a_title_seen_twice_is_refused_at_its_second_row(columns: Columns, data:
 def test_an_event_before_the_one_before_is_refused(columns: Columns, data: st.DataObject) -> None:
     row = data.draw(st.sampled_from(np.flatnonzero(columns["step"] > 0).tolist()), label="row")
     columns["hours"][row] = np.nextafter(columns["hours"][row - 1], np.float32(0.0))
-    assert refusal_of(columns).startswith(
-        f"row {row} of the log: hours must be no earlier than the event before"
-    )
+    assert refusal_of(columns).startswith(f"row {row} of the log: hours must be no earlier than the event before")
 
 
 @PROPERTY
 @given(legal(min_events=2), st.data())
-def test_a_user_in_two_epochs_is_refused_where_the_epoch_changes(
-    columns: Columns, data: st.DataObject
-) -> None:
+def test_a_user_in_two_epochs_is_refused_where_the_epoch_changes(columns: Columns, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, len(columns["user"]) - 1), label="row")
     columns["epoch"][row] += 1
     changed = row if columns["step"][row] > 0 else row + 1
@@ -228,16 +221,12 @@ def test_columns_of_another_kind_are_refused(name: str, cells: Any) -> None:
 @pytest.mark.parametrize("name", ["user", "epoch", "step", "title"])
 def test_whole_numbers_are_not_taken_from_floats(name: str) -> None:
     message = refusal_of(one_user(**{name: one_user()[name].astype(np.float64)}))
-    assert (
-        message == f"column {name!r} of a log must be a one-dimensional array of int64, got float64 of (3,)"
-    )
+    assert message == f"column {name!r} of a log must be a one-dimensional array of int64, got float64 of (3,)"
 
 
 @pytest.mark.parametrize("n_titles", [0, -1, 4.0, "five", None])
 def test_a_catalogue_is_a_positive_number_of_titles(n_titles: Any) -> None:
-    assert refusal_of(one_user(n_titles=n_titles)).startswith(
-        "n_titles of a log must be a positive integer, got "
-    )
+    assert refusal_of(one_user(n_titles=n_titles)).startswith("n_titles of a log must be a positive integer, got ")
 
 
 def test_an_empty_log_is_legal() -> None:
@@ -366,9 +355,7 @@ def test_the_file_holds_the_documented_columns_and_its_origin(tmp_path: Path) ->
 def written(tmp_path: Path) -> Path:
     """A file with a legal log of many rows."""
     n_users = 60
-    columns = {
-        name: np.tile(cells, n_users) for name, cells in one_user().items() if isinstance(cells, np.ndarray)
-    }
+    columns = {name: np.tile(cells, n_users) for name, cells in one_user().items() if isinstance(cells, np.ndarray)}
     columns["user"] = np.repeat(np.arange(n_users), 3)
     InteractionLog(**one_user(**columns)).write(tmp_path / "log.parquet")
     return tmp_path / "log.parquet"
@@ -508,9 +495,7 @@ def test_narrower_columns_in_any_order_are_read(written: Path) -> None:
 
     def other(table: pa.Table) -> pa.Table:
         table = table.set_column(table.column_names.index("title"), "title", table["title"].cast(pa.int32()))
-        table = table.set_column(
-            table.column_names.index("hours"), "hours", table["hours"].cast(pa.float64())
-        )
+        table = table.set_column(table.column_names.index("hours"), "hours", table["hours"].cast(pa.float64()))
         return table.select(table.column_names[::-1]).append_column("comment", pa.array(["x"] * len(table)))
 
     rewrite(written, other)

@@ -60,9 +60,7 @@ def test_the_mean_of_the_scores_is_the_expected_score(
 @models
 @PROPERTY
 @given(dials, satisfactions, minutes, minutes)
-def test_samples_keep_to_their_ranges(
-    name: str, dial: float, s: float, free_time: float, duration: float
-) -> None:
+def test_samples_keep_to_their_ranges(name: str, dial: float, s: float, free_time: float, duration: float) -> None:
     model = noise_model(name, dial)
     u = events(model, 500)
     u[0], u[1] = 2.0**-54, 1.0 - 2.0**-53  # the ends of what `uniforms` can return
@@ -216,9 +214,7 @@ def test_watch_time_is_the_score_and_the_dial_its_exogenous_share(
 
 @PROPERTY
 @given(dials, dials, satisfactions)
-def test_two_dials_of_watch_time_differ_only_where_an_event_changed_sides(
-    one: float, other: float, s: float
-) -> None:
+def test_two_dials_of_watch_time_differ_only_where_an_event_changed_sides(one: float, other: float, s: float) -> None:
     a, b = (sample(WatchTimeNoise(dial=dial), s, 40.0, 50.0, 2_000) for dial in (one, other))
     same = a.exogenous == b.exogenous
     np.testing.assert_array_equal(a.score[same], b.score[same])
@@ -264,9 +260,7 @@ def test_the_small_noise_and_the_scale_are_positive(value: float) -> None:
 
 @PROPERTY
 @given(dials, satisfactions, st.floats(0.1, 10.0))
-def test_gaussian_noise_is_unbiased_with_deviation_dial_times_scale(
-    dial: float, s: float, scale: float
-) -> None:
+def test_gaussian_noise_is_unbiased_with_deviation_dial_times_scale(dial: float, s: float, scale: float) -> None:
     model = GaussianNoise(dial=dial, scale=scale)
     assert expected(model, s, 1.0, 1.0) == s
     residual = sample(model, s, 1.0, 1.0).score - s

@@ -32,9 +32,7 @@ def observations(draw: st.DrawFn) -> Observations:
 def events(batch: Observations, row: int) -> list[tuple[int, float, float]]:
     """The real events of one context."""
     n = int(batch.length[row])
-    return [
-        (int(batch.titles[row, t]), float(batch.scores[row, t]), float(batch.times[row, t])) for t in range(n)
-    ]
+    return [(int(batch.titles[row, t]), float(batch.scores[row, t]), float(batch.times[row, t])) for t in range(n)]
 
 
 def unseen_titles(batch: Observations) -> np.ndarray:

@@ -85,9 +85,7 @@ def assert_no_correlation(x: NDArray[Any], y: NDArray[Any]) -> None:
 
 @PROPERTY
 @given(configs(), st.data())
-def test_propensities_are_a_distribution_over_what_is_unseen(
-    config: WorldConfig, data: st.DataObject
-) -> None:
+def test_propensities_are_a_distribution_over_what_is_unseen(config: WorldConfig, data: st.DataObject) -> None:
     world, n_titles = World(config), config.n_titles
     users = world.users("test", 4)
     seen = data.draw(st.lists(st.integers(0, n_titles - 1), max_size=n_titles - 1, unique=True), label="seen")
@@ -224,9 +222,7 @@ def test_a_propensity_by_hand() -> None:
 
 @PROPERTY
 @given(configs(), splits, st.integers(1, 24), st.integers(1, 25))
-@example(
-    WorldConfig(n_titles=50, history_length=5), "train", 24, 1
-)  # one row: where BLAS would change its kernel
+@example(WorldConfig(n_titles=50, history_length=5), "train", 24, 1)  # one row: where BLAS would change its kernel
 @example(WorldConfig(n_titles=50, history_length=5, taste_dimensions=3), "test", 24, 23)
 def test_the_chunk_size_changes_no_bit(config: WorldConfig, split: str, n_users: int, chunk: int) -> None:
     whole = log_of(config, n_users, split)
@@ -260,9 +256,7 @@ def test_fewer_events_are_the_beginning_of_more(config: WorldConfig, data: st.Da
 
 @PROPERTY
 @given(configs(), splits, st.integers(1, 12))
-def test_contexts_are_the_log_of_their_users_and_one_event_more(
-    config: WorldConfig, split: str, n: int
-) -> None:
+def test_contexts_are_the_log_of_their_users_and_one_event_more(config: WorldConfig, split: str, n: int) -> None:
     world = World(config)
     contexts, log = world.contexts(n, split=split), log_of(config, n, split)
     seen = log.sequences()
@@ -285,9 +279,7 @@ def test_users_may_be_asked_for_in_any_order_and_twice(config: WorldConfig, rows
     np.testing.assert_array_equal(
         world.logging_log_probs(users[rows], histories[rows]), world.logging_log_probs(users, histories)[rows]
     )
-    np.testing.assert_array_equal(
-        world.draw_events(users[rows], 1).titles, world.draw_events(users, 1).titles[rows]
-    )
+    np.testing.assert_array_equal(world.draw_events(users[rows], 1).titles, world.draw_events(users, 1).titles[rows])
 
 
 @PROPERTY
@@ -354,9 +346,7 @@ def test_every_purpose_is_one_stream_with_one_stretch_a_user(monkeypatch: pytest
 
 @PROPERTY
 @given(configs(noise_model="watch_time"), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_worlds_that_differ_in_noise_alone_share_everything_else(
-    config: WorldConfig, one: float, other: float
-) -> None:
+def test_worlds_that_differ_in_noise_alone_share_everything_else(config: WorldConfig, one: float, other: float) -> None:
     low, high = (World(replace(config, reward_noise=dial)) for dial in sorted((one, other)))
     users = low.users("train", 20)
     a, b = (world.draw_events(users, config.history_length) for world in (low, high))
@@ -595,9 +585,7 @@ def test_early_epochs_are_equally_likely() -> None:
 
 @PROPERTY
 @given(configs(), st.lists(st.integers(0, 999), min_size=2, max_size=4, unique=True))
-def test_another_seed_of_contexts_is_other_users_of_the_same_split(
-    config: WorldConfig, seeds: list[int]
-) -> None:
+def test_another_seed_of_contexts_is_other_users_of_the_same_split(config: WorldConfig, seeds: list[int]) -> None:
     world = World(config)
     users = np.concatenate([world.contexts(5, seed).users for seed in seeds])
     assert len(np.unique(users)) == 5 * len(seeds)
@@ -644,9 +632,7 @@ def test_forced_exposures_of_one_user_to_one_title() -> None:
 
 @PROPERTY
 @given(configs(noise_model="gaussian", reward_noise=0.0), st.randoms(use_true_random=False))
-def test_without_noise_a_forced_exposure_is_the_satisfaction(
-    config: WorldConfig, random: random.Random
-) -> None:
+def test_without_noise_a_forced_exposure_is_the_satisfaction(config: WorldConfig, random: random.Random) -> None:
     world = World(config)
     users = world.users("train", 6)
     titles = np.array([random.randrange(config.n_titles) for _ in users])

@@ -1,0 +1,313 @@
+"""The reward ensemble: its head's formula, its tables, its baselines, and a world that it must understand."""
+
+import gc
+import math
+import random
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.errors import ConfigError
+from recsim_gr.log import InteractionLog
+from recsim_gr.observations import Observations
+from recsim_gr.pretraining import pretrain
+from recsim_gr.rewards import (
+    EMBEDDING_SCALE,
+    SHRINKAGE,
+    RewardEnsemble,
+    RewardEnsembleConfig,
+    ScoreHead,
+    Scorer,
+    fit_reward_ensemble,
+    mean_squared_error,
+    squared_error,
+    title_mean_baseline,
+    user_mean_baseline,
+)
+from recsim_gr.training import Histories, TrainingConfig, prefix_states
+from recsim_gr.world import World, WorldConfig
+
+SHORT = TrainingConfig(steps=10, batch_users=16, warmup_steps=2, checks=2)
+SMALL = HSTUConfig(dimensions=8, n_layers=1)
+
+
+def log_of(histories: list[list[tuple[int, float]]], n_titles: int) -> InteractionLog:
+    """A log with these (title, score) events, one list a user."""
+    lengths = [len(history) for history in histories]
+    events = [event for history in histories for event in history]
+    steps = np.concatenate([np.arange(length) for length in lengths])
+    return InteractionLog(
+        user=np.repeat(np.arange(len(histories)), lengths),
+        epoch=np.zeros(len(events), dtype=np.int64),
+        step=steps,
+        hours=0.5 * steps.astype(np.float32),
+        title=np.array([title for title, _ in events]),
+        duration_minutes=np.full(len(events), 30.0),
+        watch_minutes=np.full(len(events), 15.0),
+        score=np.array([score for _, score in events]),
+        n_titles=n_titles,
+    )
+
+
+def prefixes(log: InteractionLog) -> tuple[list[tuple[int, int]], Observations]:
+    """(row, step) of every event, and the contexts before them as an agent would be shown them."""
+    whole = log.sequences()
+    events = [(row, step) for row, length in enumerate(whole.length) for step in range(length)]
+    rows, steps = np.array(events).T
+    past = np.arange(whole.titles.shape[1]) < steps[:, None]
+    observations = Observations(
+        titles=np.where(past, whole.titles[rows], log.n_titles),
+        scores=np.where(past, whole.scores[rows], np.float32(0)),
+        times=np.where(past, whole.times[rows], np.float32(0)),
+        length=steps,
+        epoch=whole.epoch[rows],
+        n_titles=log.n_titles,
+    )
+    return events, observations
+
+
+def weights(ensemble: RewardEnsemble) -> list[Tensor]:
+    return [value.clone() for member in ensemble.members for value in member.state_dict().values()]
+
+
+@pytest.fixture(scope="module")
+def log() -> InteractionLog:
+    """Histories of one to five events over 12 titles."""
+    rng = np.random.default_rng(0)
+    users = [
+        [(int(title), float(rng.uniform(1, 5))) for title in rng.permutation(12)[: rng.integers(1, 6)]]
+        for _ in range(40)
+    ]
+    return log_of(users, 12)
+
+
+@pytest.fixture(scope="module")
+def backbone(log: InteractionLog) -> HSTU:
+    return pretrain(log, SMALL, SHORT)
+
+
+@pytest.fixture(scope="module")
+def ensemble(log: InteractionLog, backbone: HSTU) -> RewardEnsemble:
+    return fit_reward_ensemble(log, backbone, RewardEnsembleConfig(training=SHORT))
+
+
+# -- the head -----------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_the_formula_of_the_docstring(backbone: HSTU, log: InteractionLog) -> None:
+    """r̂(x, a) = m + u·h + b_a + ⟨W h, ê_a⟩, with ê_a the title's embedding at length 5."""
+    torch.manual_seed(1)
+    head = ScoreHead(8, 12, mean=3.5)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    batch = next(Histories(log).chunks())
+    states = prefix_states(backbone, batch).detach()
+    got = head.all_titles(states, backbone).detach()
+    p = {name: value.detach().double().numpy() for name, value in head.named_parameters()}
+    h, titles = states[3, 1].double().numpy(), backbone.titles.detach().double().numpy()
+    for a in range(12):
+        direction = EMBEDDING_SCALE * titles[a] / np.linalg.norm(titles[a])
+        expected = 3.5 + p["user"] @ h + p["title"][a] + (h @ p["mix"]) @ direction
+        assert got[3, 1, a].item() == pytest.approx(expected, abs=1e-4)
+    at = head.at(states, batch.titles, backbone)
+    picked = got.gather(-1, batch.titles.clamp(max=11).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(at[batch.valid], picked[batch.valid], atol=1e-5, rtol=0)
+
+
+def test_before_anything_is_learned_every_title_scores_about_the_mean(backbone: HSTU, log: InteractionLog) -> None:
+    batch = next(Histories(log).chunks())
+    scores = ScoreHead(8, 12, mean=2.25).all_titles(prefix_states(backbone, batch), backbone)
+    assert (scores - 2.25).abs().max() < 1.0
+    assert scores.mean().item() == pytest.approx(2.25, abs=0.2)
+
+
+def test_squared_error_by_hand(backbone: HSTU) -> None:
+    """An untrained head that says 3: errors of 1, −2 and ½ give (1 + 4 + ¼)/3; padding has no part in it."""
+    batch = next(Histories(log_of([[(0, 4.0), (1, 1.0)], [(5, 3.5)]], 12)).chunks())
+    scorer = Scorer(backbone, 3.0)
+    with torch.no_grad():
+        scorer.head.mix.zero_()
+        error = squared_error(scorer.head, scorer.backbone, prefix_states(backbone, batch), batch)
+    assert error.item() == pytest.approx(5.25 / 3, abs=1e-5)
+
+
+def test_the_ensembles_error_is_that_of_its_mean(backbone: HSTU) -> None:
+    """Members that say 3 and 5 on scores of 4 and 1: the mean is right once and 3 off once, 9/2."""
+    members = [Scorer(backbone, 3.0), Scorer(backbone, 5.0)]
+    for member in members:
+        torch.nn.init.zeros_(member.head.mix)
+    histories = Histories(log_of([[(0, 4.0), (1, 1.0)]], 12))
+    assert mean_squared_error(members, histories) == pytest.approx(4.5, abs=1e-5)
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_tables_say_what_the_ensemble_says(log: InteractionLog, ensemble: RewardEnsemble) -> None:
+    table = ensemble.on(log)
+    events, observations = prefixes(log)
+    predicted = ensemble.predict(observations, chunk=7)
+    every = torch.arange(log.n_users)
+    members, mean = table.members(every), table.mean(every)
+    for index, (row, step) in enumerate(events):
+        np.testing.assert_allclose(mean[row, step].numpy(), predicted.mean[index], atol=1e-4)
+        own = members[:, row, step].numpy()
+        np.testing.assert_allclose(own.mean(axis=0), predicted.mean[index], atol=1e-4)
+        np.testing.assert_allclose(own.std(axis=0, ddof=1), predicted.deviation[index], atol=1e-4)
+    rows, steps = np.array(events).T
+    for shift in range(3):
+        titles = (rows + 5 * steps + shift) % 12
+        expected = predicted.mean[np.arange(len(events)), titles]
+        got = table.at(rows, steps, titles)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_tables_answer_for_any_rows_in_any_order(log: InteractionLog, ensemble: RewardEnsemble) -> None:
+    table = ensemble.on(log)
+    every, some = torch.arange(log.n_users), torch.tensor([7, 2, 2, 31])
+    torch.testing.assert_close(table.mean(some), table.mean(every)[some])
+    torch.testing.assert_close(table.members(some), table.members(every)[:, some])
+
+
+def test_a_table_is_made_once_a_log_and_goes_with_it(log: InteractionLog, ensemble: RewardEnsemble) -> None:
+    assert ensemble.on(log) is ensemble.on(log)
+    other = log.rows(slice(0, len(log)))
+    assert ensemble.on(other) is not ensemble.on(log)
+    table = weakref.ref(ensemble.on(other))
+    del other
+    gc.collect()
+    assert table() is None
+
+
+def test_predictions_are_finite_for_seen_titles_and_empty_histories(ensemble: RewardEnsemble) -> None:
+    nobody = Observations(
+        titles=np.full((2, 3), 12),
+        scores=np.zeros((2, 3), dtype=np.float32),
+        times=np.zeros((2, 3), dtype=np.float32),
+        length=np.zeros(2, dtype=np.int64),
+        epoch=np.zeros(2, dtype=np.int64),
+        n_titles=12,
+    )
+    mean, deviation = ensemble.predict(nobody)
+    assert mean.shape == deviation.shape == (2, 12)
+    assert np.isfinite(mean).all()
+    assert (deviation > 0).all()
+    np.testing.assert_array_equal(ensemble.mean(nobody), mean)
+
+
+# -- fitting ------------------------------------------------------------------------------------------------------
+
+
+def test_it_understands_a_world_without_noise() -> None:
+    """Satisfaction is written on the score, and turns on taste: neither baseline can know it."""
+    world = World(WorldConfig(n_titles=30, history_length=8, taste_dimensions=2, n_genres=4, reward_noise=0.0))
+    log, held_out = world.generate_log(500), world.generate_log(150, split="validation")
+    steps = TrainingConfig(steps=150, batch_users=32, learning_rate=1e-2, warmup_steps=10, checks=3)
+    backbone = pretrain(log, HSTUConfig(dimensions=16), steps, held_out)
+    fitted = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=steps), held_out)
+    histories = Histories(held_out)
+    mean = float(log.score.mean())
+    by_user = user_mean_baseline(histories, mean)[histories.valid].numpy()
+    by_title = title_mean_baseline(log)[held_out.title]
+    errors = [float(((guess - held_out.score) ** 2).mean()) for guess in (mean, by_user, by_title)]
+    own = mean_squared_error(fitted.members, histories)
+    assert own < 0.75 * min(errors)
+    # and it knows titles that were not shown: predictions order them by their true satisfaction
+    contexts = world.contexts(200)
+    truth = world.satisfaction(contexts.users)
+    predicted = fitted.mean(contexts.observations)
+    centred = (truth - truth.mean(axis=1, keepdims=True)).ravel(), (
+        predicted - predicted.mean(axis=1, keepdims=True)
+    ).ravel()
+    assert np.corrcoef(*centred)[0, 1] > 0.5
+
+
+def test_members_differ_in_every_part(ensemble: RewardEnsemble) -> None:
+    one, two, three = (member.state_dict() for member in ensemble.members)
+    for name in one:
+        if name != "head.mean":  # all start from the log's
+            assert not torch.equal(one[name], two[name])
+            assert not torch.equal(two[name], three[name])
+
+
+def test_equal_seeds_give_equal_ensembles_and_leave_the_global_state(log: InteractionLog, backbone: HSTU) -> None:
+    config = RewardEnsembleConfig(members=2, training=SHORT)
+    torch.manual_seed(9)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    one = weights(fit_reward_ensemble(log, backbone, config, seed=1))
+    assert random.getstate() == before[0]
+    np.testing.assert_equal(np.random.get_state(), before[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+    torch.rand(3)
+    again = weights(fit_reward_ensemble(log, backbone, config, seed=1))
+    other = weights(fit_reward_ensemble(log, backbone, config, seed=2))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert sum(not torch.equal(a, b) for a, b in zip(one, other, strict=True)) >= len(one) - 2
+
+
+def test_fitting_changes_no_backbone(log: InteractionLog, backbone: HSTU) -> None:
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in backbone.parameters()], backbone.training
+    ensemble = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=SHORT))
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert ([parameter.requires_grad for parameter in backbone.parameters()], backbone.training) == flags
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in backbone.parameters())
+    assert not torch.equal(ensemble.members[0].backbone.titles, backbone.titles)  # co-trained, in a copy
+    assert not any(p.requires_grad for member in ensemble.members for p in member.parameters())
+
+
+def test_fitting_reports_the_checks_of_all_members(log: InteractionLog, backbone: HSTU) -> None:
+    told: list[int] = []
+    config = RewardEnsembleConfig(members=2, training=SHORT)
+    ensemble = fit_reward_ensemble(log, backbone, config, after_check=lambda step, _: told.append(step))
+    assert told == [5, 10, 15, 20]
+    assert [record.steps for record in ensemble.records] == [10, 10]
+
+
+def test_imitation_can_be_left_out(log: InteractionLog, backbone: HSTU) -> None:
+    with_it = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=SHORT))
+    config = RewardEnsembleConfig(members=2, imitation_weight=0.0, training=SHORT)
+    without = fit_reward_ensemble(log, backbone, config)
+    assert not torch.equal(with_it.members[0].backbone.titles, without.members[0].backbone.titles)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("members", 1), ("imitation_weight", -0.1), ("head_rate", 0.0), ("head_rate", math.nan)]
+)
+def test_a_bad_config_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"RewardEnsembleConfig\.{field} must be"):
+        RewardEnsembleConfig(**{field: value})
+
+
+def test_logs_that_do_not_fit_are_refused(log: InteractionLog, backbone: HSTU) -> None:
+    with pytest.raises(ConfigError, match="more users"):
+        fit_reward_ensemble(log_of([[(0, 1.0)]], 12), backbone)
+    with pytest.raises(ConfigError, match="one world"):
+        fit_reward_ensemble(log, backbone, validation=log_of([[(0, 1.0)]], 3))
+    with pytest.raises(ConfigError, match="7"):
+        fit_reward_ensemble(log_of([[(0, 1.0)], [(1, 1.0)]], 7), backbone, RewardEnsembleConfig(training=SHORT))
+
+
+# -- baselines ----------------------------------------------------------------------------------------------------
+
+
+def test_the_users_own_mean_by_hand() -> None:
+    """Five events' worth of the mean 3 come first: (0 + 15)/5, then (4 + 15)/6, then (4 + 2 + 15)/7."""
+    assert SHRINKAGE == 5.0
+    histories = Histories(log_of([[(0, 4.0), (1, 2.0), (2, 5.0)], [(3, 1.0), (0, 1.0)]], 5))
+    got = user_mean_baseline(histories, 3.0)
+    np.testing.assert_allclose(got[0].numpy(), [3.0, 19 / 6, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(got[1, :2].numpy(), [3.0, 16 / 6], rtol=1e-6)
+
+
+def test_the_titles_mean_by_hand() -> None:
+    """Global mean (4 + 2 + 1 + 1)/4 = 2. Title 0: (4 + 1 + 10)/7; 1: (2 + 10)/6; 3: (1 + 10)/6; never shown: 2."""
+    got = title_mean_baseline(log_of([[(0, 4.0), (1, 2.0)], [(3, 1.0), (0, 1.0)]], 5))
+    np.testing.assert_allclose(got, [15 / 7, 2.0, 2.0, 11 / 6, 2.0], rtol=1e-12)
