@@ -57,8 +57,10 @@ class ExperimentConfig:
         default_factory=lambda: TrainingConfig(steps=400, learning_rate=1e-2, warmup_steps=50, checks=4)
     )
     """Half the agents' own: the judge's backbone only serves its scores, which go on training it."""
-    judge: RewardEnsembleConfig = field(default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=240)))
-    """Two members: only their mean is used."""
+    judge: RewardEnsembleConfig = field(
+        default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=240))
+    )
+    """Two members, trained for three quarters of the agents' steps: only their mean is used."""
 
     def __post_init__(self) -> None:
         require_finite_numbers(self)

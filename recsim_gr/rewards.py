@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require, require_finite_numbers
+from recsim_gr.errors import ConfigError
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
 from recsim_gr.pretraining import imitation_loss
@@ -241,10 +242,14 @@ def fit_reward_ensemble(
         after_check: told (step of all members' steps, validation objective), for progress bars.
 
     Raises:
-        ConfigError: an empty log, or logs over different catalogues.
+        ConfigError: an empty log, or logs or a backbone over different catalogues.
         TrainingError: training diverged.
     """
     config = config or RewardEnsembleConfig()
+    if backbone.n_titles != log.n_titles:
+        raise ConfigError(
+            f"the log has {log.n_titles} titles and the HSTU {backbone.n_titles}; pretrain it on this log"
+        )
     histories, held_out = (Histories(part) for part in split_logs(log, validation))
     members, records = [], []
     for m in range(config.members):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from recsim_gr.cli import FAILED_CELLS, INTERRUPTED, USER_ERROR, main
 from recsim_gr.log import InteractionLog
 from recsim_gr.world import World, WorldConfig

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from recsim_gr.benchmarks.first_principles import ceilings, no_noise, only_noise
 from recsim_gr.benchmarks.statistics import Results
 

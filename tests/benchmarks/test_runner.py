@@ -9,12 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
+
 from recsim_gr.agents import BC, agent_type
 from recsim_gr.benchmarks import SUITES, Landscape
 from recsim_gr.benchmarks.runner import RunDirectory, _conclude, _keep, dry_run, duration, run
 from recsim_gr.benchmarks.suite import Cell, suite_type
 from recsim_gr.errors import ConfigError, RunDirectoryError, TrainingError, UnknownNameError
-from rich.console import Console
 
 # Few agents, but one of each kind of randomness: batches, the ensemble, drawn pairs, stable-baselines3's globals.
 FEW = ("Random", "BC", "ASFT", "RSDPO", "PPO", "Oracle")
@@ -188,7 +189,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         suite_type("landscap")
     with pytest.raises(UnknownNameError, match="no preset 'quik'; it has quick, smoke"):
         Landscape.preset("quik")
-    with pytest.raises(UnknownNameError, match="no agent 'A-SFT'; there are .*ASFT"):
+    with pytest.raises(UnknownNameError, match=r"no agent 'A-SFT'; there are .*ASFT"):
         agent_type("A-SFT")
 
 
