@@ -185,8 +185,9 @@ class Laboratory:
         )
         notify(0.35, "judge")
         judge_seed = seed + 500_000  # other initial weights than the agents' own
-        judge_backbone = pretrain(self.logs.judge, config.backbone, config.judge_pretraining, held_out, seed=judge_seed)
-        self.judge = fit_reward_ensemble(self.logs.judge, judge_backbone, config.judge, held_out, seed=judge_seed)
+        judge_log = self.logs.judge  # its last tenth is what the judge stops on: it shares no user with the agents
+        judge_backbone = pretrain(judge_log, config.backbone, config.judge_pretraining, seed=judge_seed)
+        self.judge = fit_reward_ensemble(judge_log, judge_backbone, config.judge, seed=judge_seed)
         self.contexts: Contexts = self.world.contexts(self.world.at_most("test", config.test_contexts))
         reference = agent_type("Pretrained")().fit(self.logs.train, self.backbone)
         self.examination = Examination(self.world, self.contexts, self.judge, reference, seed, config.rollout_contexts)

@@ -424,6 +424,9 @@ class WorldBase(ABC):
 
     def _sample_users(self, split: str, n: int, seed: int) -> Users:
         """(n,) users of a split, others for another seed."""
+        if n > USERS_PER_CONTEXT_SEED or seed < 0:
+            limit = f"at most {USERS_PER_CONTEXT_SEED} a seed, and a seed of 0 or more"
+            raise ConfigError(f"contexts({n}, seed={seed}): must be {limit}")
         return self.users(split, n, offset=seed * USERS_PER_CONTEXT_SEED)
 
 

@@ -77,10 +77,10 @@ def weights(ensemble: RewardEnsemble) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def log() -> InteractionLog:
-    """Histories of one to five events over 12 titles."""
+    """Histories of one to five events over 12 titles, the later ones better."""
     rng = np.random.default_rng(0)
     users = [
-        [(int(title), float(rng.uniform(1, 5))) for title in rng.permutation(12)[: rng.integers(1, 6)]]
+        [(int(title), 1 + title / 4 + rng.uniform()) for title in rng.permutation(12)[: rng.integers(1, 6)]]
         for _ in range(40)
     ]
     return log_of(users, 12)
@@ -218,7 +218,7 @@ def test_it_understands_a_world_without_noise() -> None:
     by_title = title_mean_baseline(log)[held_out.title]
     errors = [float(((guess - held_out.score) ** 2).mean()) for guess in (mean, by_user, by_title)]
     own = mean_squared_error(fitted.members, histories)
-    assert own < 0.75 * min(errors)
+    assert own < 0.6 * min(errors)
     # and it knows titles that were not shown: predictions order them by their true satisfaction
     contexts = world.contexts(200)
     truth = world.satisfaction(contexts.users)
@@ -258,7 +258,6 @@ def test_fitting_changes_no_backbone(log: InteractionLog, backbone: HSTU) -> Non
     ensemble = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=SHORT))
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
     assert ([parameter.requires_grad for parameter in backbone.parameters()], backbone.training) == flags
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in backbone.parameters())
     assert not torch.equal(ensemble.members[0].backbone.titles, backbone.titles)  # co-trained, in a copy
     assert not any(p.requires_grad for member in ensemble.members for p in member.parameters())
 
@@ -276,6 +275,7 @@ def test_imitation_can_be_left_out(log: InteractionLog, backbone: HSTU) -> None:
     config = RewardEnsembleConfig(members=2, imitation_weight=0.0, training=SHORT)
     without = fit_reward_ensemble(log, backbone, config)
     assert not torch.equal(with_it.members[0].backbone.titles, without.members[0].backbone.titles)
+    assert without.records[0].best_objective < without.records[0].objectives[0][1]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_logs_that_do_not_fit_are_refused(log: InteractionLog, backbone: HSTU) -
         fit_reward_ensemble(log_of([[(0, 1.0)]], 12), backbone)
     with pytest.raises(ConfigError, match="one world"):
         fit_reward_ensemble(log, backbone, validation=log_of([[(0, 1.0)]], 3))
-    with pytest.raises(ConfigError, match="7"):
+    with pytest.raises(ConfigError, match="the log has 7 titles and the HSTU 12"):
         fit_reward_ensemble(log_of([[(0, 1.0)], [(1, 1.0)]], 7), backbone, RewardEnsembleConfig(training=SHORT))
 
 
