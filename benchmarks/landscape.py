@@ -18,8 +18,7 @@ from recsim_gr.benchmarks.experiment import (
     experiment_identity,
     seconds_per_step,
 )
-from recsim_gr.benchmarks.first_principles import check_first_principles
-from recsim_gr.benchmarks.report import write_report
+from recsim_gr.benchmarks.report import checks_of, read_run, write_report
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
 from recsim_gr.errors import RecsimError
@@ -149,7 +148,9 @@ class Landscape(Suite):
         return kind(training=self.config.training) if learns else kind()
 
     def report(self, run_dir: Path) -> tuple[Path, list[str]]:
-        return write_report(run_dir), check_first_principles(run_dir)
+        page = write_report(run_dir)
+        checks = {name: checks_of(name, results) for name, results in read_run(run_dir).worlds.items()}
+        return page, [line for lines in checks.values() for line in lines]
 
 
 STEPS_WORTH = {"BC": 1.0, "RewardWeightedBC": 1.0, "ASFT": 1.2, "CQL": 1.2, "RSDPO": 1.4, "PPO": 3.0}

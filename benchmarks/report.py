@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import vl_convert
 
 from recsim_gr.benchmarks.charts import FIGURES, Figure, figures
+from recsim_gr.benchmarks.first_principles import check_first_principles
 from recsim_gr.benchmarks.page import Section, page
 from recsim_gr.benchmarks.statistics import WORLD, Results, t_interval
 from recsim_gr.errors import RunDirectoryError
@@ -68,11 +69,16 @@ def write_report(run_dir: Path) -> Path:
         suffix = f"-{k + 1}" if k else ""
         drawn = {f.name + suffix: f for f in figures(results, _subtitle(run.config, name, results))}
         pictures = {file: _write_figure(run_dir / "figures", file, figure) for file, figure in drawn.items()}
-        sections.append(Section(name, results, drawn, pictures))
+        sections.append(Section(name, results, checks_of(name, results), drawn, pictures))
     _remove_stale(run_dir / "figures", {file for section in sections for file in section.figures})
     html = page(run.config, sections, run.failures, run.cells, run.unreadable_cells, javascript())
     write_text(run_dir / "report.html", html)
     return run_dir / "report.html"
+
+
+def checks_of(name: str, results: Results) -> list[str]:
+    """What must hold of a landscape's world; nothing of other suites."""
+    return check_first_principles(results, simulated="WatchTime" in name) if name.startswith("landscape") else []
 
 
 # --------------------------------------------------------------------------------------------------- reading

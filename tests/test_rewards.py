@@ -223,9 +223,10 @@ def test_it_understands_a_world_without_noise() -> None:
     contexts = world.contexts(200)
     truth = world.satisfaction(contexts.users)
     predicted = fitted.mean(contexts.observations)
-    centred = (truth - truth.mean(axis=1, keepdims=True)).ravel(), (
-        predicted - predicted.mean(axis=1, keepdims=True)
-    ).ravel()
+    centred = (
+        (truth - truth.mean(axis=1, keepdims=True)).ravel(),
+        (predicted - predicted.mean(axis=1, keepdims=True)).ravel(),
+    )
     assert np.corrcoef(*centred)[0, 1] > 0.5
 
 

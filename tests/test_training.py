@@ -126,9 +126,7 @@ def test_the_mask_counts_beyond_127_events() -> None:
 
 @PROPERTY
 @given(ragged(), st.integers(0, 9))
-def test_seen_titles_have_probability_zero_at_every_prefix(
-    drawn: tuple[list[list[int]], int], seed: int
-) -> None:
+def test_seen_titles_have_probability_zero_at_every_prefix(drawn: tuple[list[list[int]], int], seed: int) -> None:
     histories, n_titles = drawn
     batch = next(Histories(log_of(histories, n_titles)).chunks())
     backbone = backbone_for(n_titles, seed)
@@ -139,9 +137,7 @@ def test_seen_titles_have_probability_zero_at_every_prefix(
     assert (probabilities[~seen & batch.valid[..., None]] > 0.0).all()
     (gradient,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), logits)
     assert not gradient[seen].any()
-    torch.testing.assert_close(
-        logits[~seen], backbone.logits(prefix_states(backbone, batch))[~seen], atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(logits[~seen], backbone.logits(prefix_states(backbone, batch))[~seen], atol=1e-4, rtol=0)
 
 
 def test_a_prefix_is_the_context_before_the_event() -> None:
@@ -179,9 +175,7 @@ def test_the_rate_warms_up_and_decays_as_a_cosine() -> None:
     assert TrainingConfig(steps=100, warmup_steps=0).rate(0) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("steps", "checks", "marks"), [(100, 4, [25, 50, 75, 100]), (3, 9, [1, 2, 3]), (7, 1, [7])]
-)
+@pytest.mark.parametrize(("steps", "checks", "marks"), [(100, 4, [25, 50, 75, 100]), (3, 9, [1, 2, 3]), (7, 1, [7])])
 def test_checks_stand_at_even_distances_and_at_the_end(steps: int, checks: int, marks: list[int]) -> None:
     config = TrainingConfig(steps=steps, checks=checks)
     assert [done for done in range(1, steps + 1) if config.is_check(done)] == marks
