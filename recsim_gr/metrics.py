@@ -72,7 +72,9 @@ def signed_squared_correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
     x = np.asarray(x, dtype=np.float64) - np.mean(x)
     y = np.asarray(y, dtype=np.float64) - np.mean(y)
     covariance, spread = (x * y).sum(), (x * x).sum() * (y * y).sum()
-    return float(np.sign(covariance) * covariance**2 / spread) if spread > 0 else 0.0
+    if spread <= 0:
+        return 0.0
+    return float(np.sign(covariance) * min(1.0, covariance**2 / spread))  # rounding can leave it just above 1
 
 
 def _expectation(log_probs: FloatArray, values: FloatArray) -> FloatArray:

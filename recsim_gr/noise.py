@@ -69,7 +69,7 @@ class WatchTimeNoise:
 
     def __post_init__(self) -> None:
         _check_dial(self)
-        require(self.small_noise > 0, self, "small_noise", "positive")
+        require(0 < self.small_noise <= 5, self, "small_noise", "positive and at most 5")
 
     def sample(
         self, satisfaction: FloatArray, free_time: FloatArray, duration: FloatArray, uniforms: FloatArray

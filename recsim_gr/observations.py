@@ -10,7 +10,7 @@ LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
 """The scale of satisfaction, and of every score whose noise model keeps to it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observations:
     """A batch of contexts, as the environments and every agent see them.
 
@@ -67,7 +67,7 @@ class Observations:
         return Observations(wider_titles, wider_scores, wider_times, self.length + 1, self.epoch, self.n_titles)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contexts:
     """Test contexts: observations, and what only a referee may know about them.
 

@@ -46,6 +46,10 @@ def uniforms(seed: int, purpose: str, users: NDArray[np.int64], per_user: int) -
         return out
     key = stream_key(seed, purpose)
     starts = np.concatenate([[0], np.flatnonzero(np.diff(users) != 1) + 1])
+    if len(starts) > 1:
+        ids, back = np.unique(users, return_inverse=True)
+        if len(ids) < len(users) or (ids != users).any():  # repeats and shuffles cost no more than their sorted selves
+            return uniforms(seed, purpose, ids, per_user)[back]
     ends = np.append(starts[1:], len(users))
     for start, end in zip(starts, ends, strict=True):
         bits = np.random.Philox(key=key, counter=int(users[start]) * counts)

@@ -313,6 +313,8 @@ class WorldBase(ABC):
         Raises:
             ConfigError: no such split, or not so many users.
         """
+        if chunk_users < 1:
+            raise ConfigError(f"chunk_users must be at least 1, got {chunk_users}")
         length = self.config.history_length
         users = self.users(split, n_users)
         chunks = [users[i : i + chunk_users] for i in range(0, len(users), chunk_users)]

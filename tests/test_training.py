@@ -42,7 +42,7 @@ def log_of(histories: Sequence[Sequence[int]], n_titles: int, scores: float | No
     lengths = [len(history) for history in histories]
     n = sum(lengths)
     steps = np.concatenate([np.arange(length) for length in lengths])
-    score = np.linspace(1, 5, n) if scores is None else np.full(n, scores)
+    score = (np.linspace(1, 5, n) if scores is None else np.full(n, scores)).astype(np.float32)
     return InteractionLog(
         user=np.repeat(np.arange(len(histories)), lengths),
         epoch=np.zeros(n, dtype=np.int64),
@@ -278,7 +278,9 @@ def test_every_user_comes_once_an_epoch(log: InteractionLog) -> None:
     config = TrainingConfig(steps=30, batch_users=7, checks=1)
     module, _ = walk(log, lambda module: 0.0, config)
     assert all(len(rows) == 7 for rows in module.rows)
-    epochs = [sum(module.rows[i : i + 8], []) for i in range(0, 24, 8)]  # 60 users: 8 batches, 4 left out
+    epochs = [
+        [user for rows in module.rows[i : i + 8] for user in rows] for i in (0, 8, 16)
+    ]  # 60 users: 8 batches, 4 left out
     assert all(len(set(epoch)) == 56 for epoch in epochs)
     assert epochs[0] != epochs[1]
     few, _ = walk(log, lambda module: 0.0, TrainingConfig(steps=3, batch_users=500, checks=1))

@@ -242,7 +242,15 @@ def test_running_again_overwrites_with_the_same_bytes(tmp_path: Path) -> None:
 
 def html_of(results: Results) -> str:
     """A page without pictures, which take the time."""
-    return page({"suite": "landscape"}, [Section("w · e · n", results, {}, {})], [], [], 0, "")
+    return page({"suite": "landscape"}, [Section("w · e · n", results, [], {}, {})], [], [], 0, "")
+
+
+def test_what_must_hold_stands_in_the_page_and_a_failure_stands_out(tmp_path: Path) -> None:
+    results = results_of(tmp_path, rows_of())
+    section = Section("w · e · n", results, ["holds: a", "FAILS: b < c"], {}, {})
+    html = page({"suite": "landscape"}, [section], [], [], 0, "")
+    assert "<li>holds: a</li>" in html
+    assert "<li><b>FAILS: b &lt; c</b></li>" in html
 
 
 def results_of(tmp_path: Path, rows: list[Row]) -> Results:
