@@ -44,7 +44,8 @@ class PPOConfig(FineTuningConfig):
     clip_range: float = 0.2
     """The paper's."""
     learning_rate: float = 1e-3
-    """Peak rate of Adam, decaying linearly to 0; it replaces ``training``'s, whose loss is of another scale."""
+    """Peak rate of Adam, decaying linearly, a rollout at a time; it replaces ``training``'s, whose loss is of another
+    scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +66,11 @@ class PPOConfig(FineTuningConfig):
     def rollouts(self) -> int:
         """As many as give the gradient steps of ``training``, at least one."""
         return max(1, round(self.training.steps / self.steps_per_rollout))
+
+    def rate(self, left: float) -> float:
+        """The learning rate of a rollout; ``left``, as stable-baselines3 tells it, is the share of the run that is
+        left *after* this rollout, so that the bare share would learn nothing from the last."""
+        return self.learning_rate * min(1.0, left + 1.0 / self.rollouts)
 
 
 @register
@@ -113,7 +119,7 @@ class PPO(BackboneAgent):
         return StableBaselinesPPO(
             BackbonePolicy,
             BatchedVecEnv(envs, seed=derived_seed(seed, "PPO contexts") % 2**31),
-            learning_rate=lambda left: config.learning_rate * left,
+            learning_rate=config.rate,
             n_steps=config.rollout // config.n_envs,
             batch_size=config.minibatch,
             n_epochs=config.epochs,

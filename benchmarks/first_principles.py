@@ -41,8 +41,8 @@ def ceilings(results: Results) -> list[str]:
             for agent in results.agents
             if agent != ceiling
         ]
-        if ceiling not in results.agents or not margins:
-            lines.append(f"open: {ceiling} took no part")
+        if not np.isfinite(margins).any():
+            lines.append(f"open: {ceiling} or its metrics are not in the results")
             continue
         least = float(np.nanmin(np.stack(margins)))
         verdict = "holds" if least >= -TOLERANCE else "FAILS"
@@ -61,6 +61,9 @@ def no_noise(results: Results) -> list[str]:
             continue
         metric = "value_top10"
         shares = place(*(results.of(a, metric)[0] for a in (agent, "BC", "Oracle")))
+        if not np.isfinite(shares).any():
+            lines.append(f"open: no place of {agent} at dial 0")
+            continue
         least = float(np.nanmin(shares))
         verdict = "holds" if least >= LEAST_PLACE else "FAILS"
         lines.append(

@@ -26,7 +26,17 @@ def training() -> TrainingConfig:
 
 @pytest.fixture(scope="session")
 def world() -> World:
-    return World(WorldConfig(n_titles=30, history_length=6))
+    """Without noise and with large differences, so that 32 steps on 150 users teach something to everybody."""
+    config = WorldConfig(
+        n_titles=30,
+        history_length=6,
+        n_epochs=1,
+        reward_noise=0.0,
+        quality_deviation=1.5,
+        leniency_deviation=0.2,
+        taste_dimensions=2,
+    )
+    return World(config)
 
 
 @pytest.fixture(scope="session")

@@ -110,15 +110,19 @@ def test_names_are_taken_once() -> None:
 @every_competitor
 def test_it_answers_with_a_policy_over_unseen_titles(name: str, fitted: Fitted, contexts: Contexts) -> None:
     observations = contexts.observations
-    log_probs, scores, seen = fitted(name).log_probs(observations), fitted(name).scores(observations), observations.seen()
+    log_probs, scores, seen = (
+        fitted(name).log_probs(observations),
+        fitted(name).scores(observations),
+        observations.seen(),
+    )
     assert log_probs.dtype == np.float32
     assert log_probs.shape == scores.shape == (20, 30)
     assert np.isneginf(log_probs[seen]).all()
     assert np.isfinite(log_probs[~seen]).all()
     assert np.isfinite(scores[~seen]).all()
     np.testing.assert_allclose(np.exp(log_probs.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
-    again = fitted(name)
-    assert same(fitted(name), again, observations)
+    np.testing.assert_array_equal(fitted(name).log_probs(observations), log_probs)
+    np.testing.assert_array_equal(fitted(name).scores(observations), scores)
 
 
 @every_competitor
@@ -184,7 +188,13 @@ def test_a_referee_answers_to_scoring_only(name: str, fitted: Fitted, world: Wor
 
 @every_competitor
 def test_equal_seeds_give_equal_agents_whatever_the_global_state(
-    name: str, make: Make, fitted: Fitted, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, contexts: Contexts
+    name: str,
+    make: Make,
+    fitted: Fitted,
+    log: InteractionLog,
+    backbone: HSTU,
+    rewards: RewardEnsemble,
+    contexts: Contexts,
 ) -> None:
     first = fitted(name)
     with global_random_state_kept(seed=8):
@@ -194,13 +204,22 @@ def test_equal_seeds_give_equal_agents_whatever_the_global_state(
 
 
 @every_learner
-def test_other_seeds_and_the_fitting_itself_change_it(
-    name: str, make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, contexts: Contexts
+def test_it_learns_something_and_another_seed_learns_otherwise(
+    name: str,
+    make: Make,
+    fitted: Fitted,
+    log: InteractionLog,
+    backbone: HSTU,
+    rewards: RewardEnsemble,
+    contexts: Contexts,
 ) -> None:
-    """In a run with every check at its end, the kept state may be the start's: the learned one is asked of here."""
-    agents = [make(name).fit(log, backbone, rewards, seed=seed) for seed in (1, 2)]
-    if all(agent.record.best_step > 0 for agent in agents):
-        assert not same(agents[0], agents[1], contexts.observations)
+    """Were the kept state the start's, much of what is asked on this page would say nothing."""
+    other = make(name).fit(log, backbone, rewards, seed=1)
+    pretrained = fitted("Pretrained").log_probs(contexts.observations)
+    for agent in (fitted(name), other):
+        assert agent.record.best_step > 0
+        assert np.nanmax(np.abs(agent.log_probs(contexts.observations) - pretrained)) > 1e-3
+    assert not same(fitted(name), other, contexts.observations)
 
 
 @every_agent
@@ -286,17 +305,6 @@ def test_it_learns_without_rewards_unless_it_asks_for_them(
 ) -> None:
     if not AGENTS[name].needs_ensemble:
         assert same(make(name).fit(log, backbone), fitted(name), contexts.observations)
-
-
-@every_competitor
-def test_scores_matter_to_those_that_say_so(
-    name: str, make: Make, fitted: Fitted, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, contexts: Contexts
-) -> None:
-    """The backbone reads scores of the history; held out of it, only agents that use rewards may feel the others."""
-    if AGENTS[name].uses_rewards and trains(name) and not AGENTS[name].needs_ensemble:
-        upside_down = replace(log, score=6.0 - log.score)
-        agent = make(name).fit(upside_down, backbone, rewards)
-        assert not same(agent, fitted(name), contexts.observations)
 
 
 # -- equal footing ------------------------------------------------------------------------------------------------
@@ -428,9 +436,7 @@ def test_it_comes_back_from_its_files(
     assert loaded.config == agent.config
     observations, users = contexts.observations, contexts.users
     for ask in (log_probs_of, ranking_scores):
-        np.testing.assert_array_equal(
-            ask(loaded, observations, world, users), ask(agent, observations, world, users)
-        )
+        np.testing.assert_array_equal(ask(loaded, observations, world, users), ask(agent, observations, world, users))
     loaded.save(tmp_path / "again")
     for file in ("agent.json", "agent.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
@@ -505,7 +511,7 @@ def test_files_of_two_agents_do_not_make_one(saved: Path, fitted: Fitted, tmp_pa
         for name in ("agent.json", "agent.safetensors"):
             source = tmp_path / ("other" if name == file else "saved")
             (mixed / name).write_bytes((source / name).read_bytes())
-        with pytest.raises(CheckpointError, match="mixed"):
+        with pytest.raises(CheckpointError):
             load_agent(mixed)
 
 
@@ -519,7 +525,9 @@ def paths(content: Any) -> list[tuple[str, ...]]:
     return [(key, *rest) for key, value in content.items() for rest in [(), *paths(value)]]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), junk=JUNK, delete=st.booleans())
 def test_whatever_stands_in_the_json_loading_fails_by_name(
     saved: Path, fitted: Fitted, data: st.DataObject, junk: Any, delete: bool
