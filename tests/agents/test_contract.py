@@ -6,7 +6,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recsim_gr import configs, metrics, training
-from recsim_gr.agents import AGENTS, PPO, Agent, BackboneAgent, agent_type, load_agent, register
+from recsim_gr.agents import AGENTS, BC, PPO, Agent, BackboneAgent, agent_type, load_agent, register
 from recsim_gr.backbone import HSTU, HSTUConfig
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
 from recsim_gr.log import InteractionLog
@@ -93,14 +93,14 @@ def test_it_is_known_by_its_name(name: str) -> None:
 
 
 def test_names_are_taken_once() -> None:
-    class BC(AGENTS["BC"]):  # type: ignore[misc]
+    class Other(BC):
         """Another agent of that name."""
 
     before = dict(AGENTS)
     with pytest.raises(ConfigError, match="already an agent 'BC'"):
-        register(BC)
+        register(Other)
     assert before == AGENTS
-    with pytest.raises(UnknownNameError, match="no agent 'Nobody'; there are .*ASFT"):
+    with pytest.raises(UnknownNameError, match=r"no agent 'Nobody'; there are .*ASFT"):
         agent_type("Nobody")
 
 
@@ -215,10 +215,11 @@ def test_it_learns_something_and_another_seed_learns_otherwise(
 ) -> None:
     """Were the kept state the start's, much of what is asked on this page would say nothing."""
     other = make(name).fit(log, backbone, rewards, seed=1)
-    pretrained = fitted("Pretrained").log_probs(contexts.observations)
+    pretrained, unseen = fitted("Pretrained").log_probs(contexts.observations), ~contexts.observations.seen()
     for agent in (fitted(name), other):
         assert agent.record.best_step > 0
-        assert np.nanmax(np.abs(agent.log_probs(contexts.observations) - pretrained)) > 1e-3
+        change = agent.log_probs(contexts.observations)[unseen] - pretrained[unseen]
+        assert np.abs(change).max() > 1e-3
     assert not same(fitted(name), other, contexts.observations)
 
 
@@ -445,6 +446,7 @@ def test_it_comes_back_from_its_files(
 
 @pytest.fixture
 def saved(fitted: Fitted, tmp_path: Path) -> Path:
+    """A directory that holds a saved BC."""
     fitted("BC").save(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -542,13 +544,10 @@ def test_whatever_stands_in_the_json_loading_fails_by_name(
         del place[last]
     else:
         place[last] = junk
-    try:
-        (saved / "agent.json").write_text(json.dumps(about))
+    (saved / "agent.json").write_text(json.dumps(about))
+    with suppress(RecsimError):  # junk may also be harmless
         load_agent(saved)
-    except RecsimError as error:
-        assert str(error)  # one sentence
-    finally:
-        (saved / "agent.json").write_text(original)
+    (saved / "agent.json").write_text(original)
 
 
 # -- learning -----------------------------------------------------------------------------------------------------
