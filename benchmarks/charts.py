@@ -399,13 +399,16 @@ def _landscape(results: Results) -> Drawing | None:
     series, zero, y_title = mean_series(results, HEADLINE), None, "true top-10 value (1–5)"
     compared = headline(results)
     if any(np.isfinite(c.difference).any() for c in compared.values()):
-        series = {agent: (c.difference, c.half_width) for agent, c in compared.items()}
+        # whiskers for what claims are made about; those of the far-off baselines would cross the whole picture
+        learners, none = learners_of(results.agents), np.full(len(results.noise), np.nan)
+        series = {a: (c.difference, c.half_width if a in learners else none) for a, c in compared.items()}
         zero, y_title = 0.0, f"true top-10 value above {REFERENCE}"
     rows = line_rows(results, series, noise_axis(results))
     if not rows:
         return None
-    near = readable_domain(rows, () if zero is None else (zero,))
-    whole = _padded([row["mean"] for row in rows])
+    shown = [row for row in rows if row["agent"] in learners_of(results.agents)] or rows
+    near = readable_domain(shown, () if zero is None else (zero,))
+    whole = _padded([*(row["mean"] for row in rows), *near])
     overview: Row = {"height": 130, "whiskers": False, "overview": near, "legend": False}
     return _together(
         alt.vconcat,

@@ -37,12 +37,11 @@ SHORT = TrainingConfig(steps=12, batch_users=8, learning_rate=1e-2, warmup_steps
 SMALL = HSTUConfig(dimensions=8, n_layers=1)
 
 
-def log_of(histories: Sequence[Sequence[int]], n_titles: int, scores: float | None = None) -> InteractionLog:
-    """A log with these titles, one list a user; scores run through 1 to 5 unless they are given."""
+def log_of(histories: Sequence[Sequence[int]], n_titles: int) -> InteractionLog:
+    """A log with these titles, one list a user; scores run through 1 to 5."""
     lengths = [len(history) for history in histories]
     n = sum(lengths)
     steps = np.concatenate([np.arange(length) for length in lengths])
-    score = (np.linspace(1, 5, n) if scores is None else np.full(n, scores)).astype(np.float32)
     return InteractionLog(
         user=np.repeat(np.arange(len(histories)), lengths),
         epoch=np.zeros(n, dtype=np.int64),
@@ -51,7 +50,7 @@ def log_of(histories: Sequence[Sequence[int]], n_titles: int, scores: float | No
         title=np.concatenate([np.asarray(history, dtype=np.int64) for history in histories]),
         duration_minutes=np.full(n, 30.0),
         watch_minutes=np.full(n, 15.0),
-        score=score,
+        score=np.linspace(1, 5, n, dtype=np.float32),
         n_titles=n_titles,
     )
 
