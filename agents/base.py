@@ -188,7 +188,10 @@ class Agent(ABC):
         directory = Path(directory)
         with atomic_path(directory / "agent.safetensors") as temporary:
             state = {key: value.detach().contiguous().clone() for key, value in self.state().items()}
-            save_file(state, temporary)
+            try:
+                save_file(state, temporary)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
         about = {"agent": self.name, "config": configs.to_dict(self.config), "shape": self.shape()}
         write_json(directory / "agent.json", about)
 

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from recsim_gr import configs
+from recsim_gr import __version__, configs
 from recsim_gr.benchmarks.experiment import (
     ExperimentConfig,
     Logs,
     build_world,
+    cell_name,
     experiment_identity,
     seconds_per_step,
 )
@@ -62,11 +63,11 @@ class Convergence(Suite):
     config: ConvergenceConfig
 
     def identity(self) -> dict[str, Any]:
-        return {"suite": self.name, **experiment_identity(self.config)}
+        return {"suite": self.name, "version": __version__, **experiment_identity(self.config)}
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(f"noise-{noise:g}-seed-{seed}", {"reward_noise": float(noise), "seed": seed})
+            Cell(cell_name(noise, seed), {"reward_noise": float(noise), "seed": seed})
             for seed in self.config.seeds
             for noise in self.config.noise_levels
         ]
@@ -139,17 +140,22 @@ def summary(run_dir: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); run the suite again") from error
     cells: dict[tuple[float, int], dict[str, float]] = {}
-    for row in rows:
-        cells.setdefault((row["reward_noise"], row["seed"]), {})[row["metric"]] = row["value"]
-    lines = []
-    for (noise, seed), f in sorted(cells.items()):
-        short = f["nll_test"] - f["nll_test_long_best"]
-        verdict = "holds" if short <= LEAST else "FAILS"
-        member, long_member = f["reward_rmse_test_member"], f["reward_rmse_test_member_long_best"]
-        lines.append(
-            f"{verdict}: dial {noise:g}, seed {seed}: test NLL {f['nll_test']:.3f}, best of {TIMES}x as long "
-            f"{f['nll_test_long_best']:.3f} (short by {short:+.3f}, at most {LEAST}; logging policy "
-            f"{f['nll_logging']:.3f}); reward RMSE of a member {member:.3f}, best of {TIMES}x {long_member:.3f}, "
-            f"of the ensemble {f['reward_rmse_test']:.3f}"
-        )
-    return lines
+    try:
+        for row in rows:
+            cells.setdefault((row["reward_noise"], row["seed"]), {})[row["metric"]] = row["value"]
+        return [_line(noise, seed, figures) for (noise, seed), figures in sorted(cells.items())]
+    except KeyError as error:
+        raise RunDirectoryError(f"{path} is not a table of this suite: it has no {error}; run the suite again") from error
+
+
+def _line(noise: float, seed: int, f: dict[str, float]) -> str:
+    """What a cell says."""
+    short = f["nll_test"] - f["nll_test_long_best"]
+    verdict = "holds" if short <= LEAST else "FAILS"
+    member, long_member = f["reward_rmse_test_member"], f["reward_rmse_test_member_long_best"]
+    return (
+        f"{verdict}: dial {noise:g}, seed {seed}: test NLL {f['nll_test']:.3f}, best of {TIMES}x as long "
+        f"{f['nll_test_long_best']:.3f} (short by {short:+.3f}, at most {LEAST}; logging policy "
+        f"{f['nll_logging']:.3f}); reward RMSE of a member {member:.3f}, best of {TIMES}x {long_member:.3f}, "
+        f"of the ensemble {f['reward_rmse_test']:.3f}"
+    )

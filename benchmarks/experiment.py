@@ -1,7 +1,7 @@
 """What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recsim_gr.pretraining import PRETRAINING, imitation_loss
 from recsim_gr.replay import ReplayConfig, ReplayWorld, load_matrix
 from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.training import Histories, TrainingConfig, train
-from recsim_gr.world import World, WorldBase, WorldConfig
+from recsim_gr.world import USERS_PER_CONTEXT_SEED, World, WorldBase, WorldConfig
 
 WORLDS = ("simulated", "replay")
 
@@ -71,7 +71,9 @@ class ExperimentConfig:
         in_range = all(isinstance(x, (int, float)) and 0.0 <= x <= 1.0 for x in self.noise_levels)
         require(in_range, self, "noise_levels", "settings between 0 and 1")
         require(bool(self.seeds) and _all_distinct(self.seeds), self, "seeds", "one seed or more, no repeats")
-        require(all(isinstance(x, int) and x >= 0 for x in self.seeds), self, "seeds", "integers of 0 or more")
+        legal = all(isinstance(x, int) and 0 <= x < 2**62 for x in self.seeds)
+        require(legal, self, "seeds", "integers from 0 to 2^62 - 1")
+        require(self.test_contexts <= USERS_PER_CONTEXT_SEED, self, "test_contexts", f"at most {USERS_PER_CONTEXT_SEED}")
         for name in ("n_users", "validation_users", "judge_users", "test_contexts", "rollout_contexts"):
             require(getattr(self, name) >= 2, self, name, "at least 2")
         if self.world == "replay" and not self.data:
@@ -123,10 +125,13 @@ class Logs:
 
     @classmethod
     def of(cls, world: WorldBase, config: ExperimentConfig) -> "Logs":
-        """Generates them, with as many users as the world has where it has fewer than asked for."""
+        """Generates them, with as many users as the world has where it has fewer than asked for.
+
+        Without their provenance: the config of a world is enough to build it, truth and all.
+        """
         return cls(
             *(
-                world.generate_log(world.at_most(split, n), split)
+                replace(world.generate_log(world.at_most(split, n), split), provenance=None)
                 for split, n in (
                     ("train", config.n_users),
                     ("validation", config.validation_users),
@@ -147,6 +152,12 @@ def seconds_per_step(config: ExperimentConfig, steps: int = 20) -> float:
         start = time.perf_counter()
         train(backbone, lambda b: imitation_loss(backbone, b), lambda: 0.0, histories, schedule, 0, "estimate")
     return (time.perf_counter() - start) / steps
+
+
+def cell_name(noise: float, seed: int) -> str:
+    """Names a world's file; levels that differ are named apart, however close they are."""
+    short = f"{noise:g}"
+    return f"noise-{short if float(short) == noise else repr(noise)}-seed-{seed}"
 
 
 def _all_distinct(values: tuple[Any, ...]) -> bool:

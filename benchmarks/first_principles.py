@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from recsim_gr.agents import AGENTS
 from recsim_gr.benchmarks.statistics import Results, holm, place, t_test
 
 TOLERANCE = 1e-9
@@ -11,21 +12,23 @@ LEARNERS_AT_NO_NOISE = ("PPO", "CQL", "ASFT")
 LEAST_PLACE = 0.1
 """At dial 0 each of these must go a tenth of the way from `BC` to `Oracle`, on every seed."""
 
-REWARD_AGENTS = ("RewardWeightedBC", "ASFT", "CQL", "PPO", "RSDPO")
 SEEDS_FOR_A_CLAIM = 10
 """Seeds from which the claim at dial 1 is tested."""
 
 LEVEL = 0.05
 
 
-def check_first_principles(results: Results, simulated: bool) -> list[str]:
+def check_first_principles(results: Results, simulated: bool, noise_model: str) -> list[str]:
     """One line a claim, each beginning with ``holds``, ``FAILS`` or ``open`` (not enough to tell).
 
     Args:
         results: of one world.
         simulated: whether it is a simulated one; how much is to be learned on real ratings is not known beforehand.
+        noise_model: only ``watch_time`` carries nothing at dial 1; unbiased noise of finite size always carries some.
     """
-    return [*ceilings(results), *(no_noise(results) if simulated else ()), *only_noise(results)]
+    if not simulated:
+        return ceilings(results)
+    return [*ceilings(results), *no_noise(results), *(only_noise(results) if noise_model == "watch_time" else ())]
 
 
 def ceilings(results: Results) -> list[str]:
@@ -77,7 +80,7 @@ def only_noise(results: Results) -> list[str]:
     """At dial 1 of a noise that carries nothing, no agent that uses rewards is better than `BC`."""
     if results.noise[-1] != 1.0:
         return ["open: no cell at dial 1"]
-    agents = [agent for agent in REWARD_AGENTS if agent in results.agents]
+    agents = [name for name in results.agents if name in AGENTS and learns_from_rewards(name)]
     base = results.of("BC", "value_top10")[-1]
     differences = {agent: results.of(agent, "value_top10")[-1] - base for agent in agents}
     seeds = min((int(np.isfinite(d).sum()) for d in differences.values()), default=0)
@@ -91,3 +94,8 @@ def only_noise(results: Results) -> list[str]:
         f"{verdict}: at dial 1 no agent that uses rewards beats BC (smallest Holm-adjusted one-sided p: "
         f"{adjusted[smallest]:.3f}, {agent}, mean difference {np.nanmean(differences[agent]):+.4f}, {seeds} seeds)"
     ]
+
+
+def learns_from_rewards(name: str) -> bool:
+    """Whether a registered agent is a competitor that uses scores."""
+    return AGENTS[name].uses_rewards and not AGENTS[name].referee

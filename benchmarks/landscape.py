@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from recsim_gr import configs
+from recsim_gr import __version__, configs
 from recsim_gr.agents import AGENTS, Agent, agent_type
 from recsim_gr.backbone import HSTU
 from recsim_gr.benchmarks.experiment import (
     ExperimentConfig,
     Logs,
     build_world,
+    cell_name,
     experiment_identity,
     seconds_per_step,
 )
 from recsim_gr.benchmarks.report import checks_of, read_run, write_report
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
-from recsim_gr.errors import RecsimError
 from recsim_gr.metrics import signed_squared_correlation
 from recsim_gr.observations import Contexts
 from recsim_gr.pretraining import negative_log_likelihood, pretrain
@@ -93,11 +93,17 @@ class Landscape(Suite):
     config: LandscapeConfig
 
     def identity(self) -> dict[str, Any]:
-        return {"suite": self.name, **experiment_identity(self.config)}
+        agents = {name: configs.to_dict(self.agent(name).config) for name in self.config.agents}
+        return {
+            "suite": self.name,
+            "version": __version__,
+            **experiment_identity(self.config),
+            "agent_configs": agents,
+        }
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(f"noise-{noise:g}-seed-{seed}", {"reward_noise": float(noise), "seed": seed})
+            Cell(cell_name(noise, seed), {"reward_noise": float(noise), "seed": seed})
             for seed in self.config.seeds
             for noise in self.config.noise_levels
         ]
@@ -132,12 +138,14 @@ class Landscape(Suite):
         for k, name in enumerate(self.config.agents):
             notify(AGENTS_START + (1 - AGENTS_START) * k / len(self.config.agents), name)
             try:
-                figures, costs = laboratory.examine(self.agent(name))
-            except (RecsimError, ArithmeticError, RuntimeError, ValueError) as error:
+                agent = self.agent(name)
+                figures, costs = laboratory.examine(agent)
+            except Exception as error:
                 # one agent's failure, a user's own perhaps, must not cost the others' hours
                 result.failed[name] = f"{type(error).__name__}: {error}"
                 continue
-            _add_rows(result, columns, name, figures)
+            own = {"config_id": configs.config_id({"agent": name, "config": configs.to_dict(agent.config)})}
+            _add_rows(result, columns | own, name, figures)
             result.costs[name] = costs
         return result
 

@@ -78,7 +78,9 @@ def write_report(run_dir: Path) -> Path:
 
 def checks_of(name: str, results: Results) -> list[str]:
     """What must hold of a landscape's world; nothing of other suites."""
-    return check_first_principles(results, simulated="WatchTime" in name) if name.startswith("landscape") else []
+    if not name.startswith("landscape"):
+        return []
+    return check_first_principles(results, "WatchTime" in name, noise_model=name.split(" · ")[-1])
 
 
 # --------------------------------------------------------------------------------------------------- reading

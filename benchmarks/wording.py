@@ -72,7 +72,7 @@ lower panel has them all (shaded: the range of the upper one).""",
     "place": f"""The same as a share of the way from {REFERENCE} to {CEILING}, so that worlds of
 different size can be compared.""",
     "judge_against_truth": """Across: what a reward model trained on other users gives an agent's
-recommendations over three steps. Up: the true satisfaction of the same rollouts. Below the diagonal
+recommendations over three steps. Up: true satisfaction over as many steps in the true world. Below the diagonal
 the judge is too kind.""",
     "overoptimisation": """Upper panel, above zero: the reward model promises more than the titles
 score. Lower panel, above zero: the score promises more than the user is satisfied. Steps and discount
@@ -86,7 +86,8 @@ the order of the lines with the landscape's.""",
 USE = """Hover for numbers; click an agent in the legend to see it alone (shift-click for more,
 double-click for all)."""
 HOW_TO_READ = """<ul class="reading">
-<li>Every value is exact over titles: the whole catalogue is scored with the users' true satisfaction.
+<li>Values are exact over titles: the whole catalogue is scored with the users' true satisfaction (the
+three-step returns beside the judge are sampled).
 What is left is the draw of the users and of the seed.</li>
 <li>%s</li>
 <li>The axis is the within-user reliability of the score, measured: its squared correlation with

@@ -33,7 +33,7 @@ class UnknownNameError(RecsimError, KeyError):
 
 
 class TrainingError(RecsimError, RuntimeError):
-    """A training run that diverged (a loss that is not finite, or ends above its start)."""
+    """A training run that diverged: a loss or an objective that is not finite."""
 
 
 class MissingPropensitiesError(RecsimError, ValueError):

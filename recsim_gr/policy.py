@@ -86,7 +86,8 @@ def ranking_scores(policy: Any, observations: Observations, truth: Truth, users:
         raw = policy.true_scores(truth, users)
     else:
         raw = getattr(policy, "scores", policy.log_probs)(observations)
-    scores = _checked(raw, seen, name).copy()
+    # a title that the policy itself rules out still ranks above those already seen, which cannot be recommended
+    scores = np.maximum(_checked(raw, seen, name), np.finfo(np.float64).min)
     scores[seen] = -np.inf
     return scores
 

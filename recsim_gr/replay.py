@@ -114,7 +114,7 @@ class Archive:
         self.path = path
         try:
             opened = np.load(io.BytesIO(content), allow_pickle=False)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
             what = "is truncated" if content[:2] == b"PK" else "is not an npz file"
             raise DataFileError(f"{path} {what}; {HOW_TO_MAKE_ONE}") from error
         if not isinstance(opened, np.lib.npyio.NpzFile):
@@ -126,7 +126,7 @@ class Archive:
         """The array of that key, of one of the dtype ``kinds`` (letters as in ``numpy.dtype.kind``)."""
         try:
             array = self.arrays[key]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise self.error(f"key {key!r} cannot be read ({error}); get the file again") from error
         if array.dtype.kind not in kinds or array.ndim != ndim:
             raise self.error(

@@ -371,7 +371,8 @@ class WorldBase(ABC):
     # -- measures and scoring -------------------------------------------------------------------------------------
 
     def reliability(self, n_users: int = 2_000) -> Reliability:
-        """corr²(score, satisfaction) under the logging policy, with its sign; measured on training users."""
+        """corr²(score, satisfaction) under the logging policy, with its sign; measured on training users. Within a
+        user it is NaN where histories are one event long."""
         users = self.users("train", self.at_most("train", n_users))
         score, truth = [], []
         for start in range(0, len(users), CHUNK_USERS):
@@ -380,6 +381,8 @@ class WorldBase(ABC):
             truth.append(np.take_along_axis(self.satisfaction(chunk), events.titles, axis=1).astype(np.float64))
             score.append(events.outcome.score)
         x, y = np.concatenate(score), np.concatenate(truth)
+        if x.shape[1] == 1:
+            return Reliability(metrics.signed_squared_correlation(x, y), float("nan"))
         within = metrics.signed_squared_correlation(
             x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
         )

@@ -29,7 +29,7 @@ from recsim_gr.rewards import (
     title_mean_baseline,
     user_mean_baseline,
 )
-from recsim_gr.training import Histories, TrainingConfig, prefix_states
+from recsim_gr.training import Batch, Histories, TrainingConfig, TrainingRecord, prefix_states
 from recsim_gr.world import World, WorldConfig
 
 SHORT = TrainingConfig(steps=10, batch_users=16, warmup_steps=2, checks=2)
@@ -236,6 +236,36 @@ def test_members_differ_in_every_part(ensemble: RewardEnsemble) -> None:
         if name != "head.mean":  # all start from the log's
             assert not torch.equal(one[name], two[name])
             assert not torch.equal(two[name], three[name])
+
+
+def test_members_start_apart_and_see_other_users_in_other_batches(
+    log: InteractionLog, backbone: HSTU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[Tensor] = []
+    purposes: list[str] = []
+    drawn: list[list[int]] = []
+
+    def watched(histories: Histories, rows: Tensor) -> Batch:
+        drawn.append(rows.tolist())
+        return taken(histories, rows)
+
+    taken = Histories.batch
+
+    def noting(member: Any, loss: Any, objective: Any, histories: Histories, *further: Any) -> TrainingRecord:
+        heads.append(member.head.mix.detach().clone())
+        purposes.append(further[2])
+        batch = histories.batch(torch.arange(len(histories)))
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Histories, "batch", watched)
+            loss(batch)
+        return TrainingRecord(0)
+
+    monkeypatch.setattr("recsim_gr.rewards.train", noting)
+    fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=3, training=SHORT))
+    assert not torch.equal(heads[0], heads[1])
+    assert len(set(purposes)) == 3  # which name the stream of the batches
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert all(len(rows) == 36 and len(set(rows)) < 30 for rows in drawn)  # of 36 users, with replacement
 
 
 def test_equal_seeds_give_equal_ensembles_and_leave_the_global_state(log: InteractionLog, backbone: HSTU) -> None:

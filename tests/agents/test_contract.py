@@ -1,5 +1,6 @@
 """What every agent must be. It runs over everything registered: a new agent is tested by being registered."""
 
+import copy
 import json
 import math
 import os
@@ -227,7 +228,8 @@ def test_it_learns_something_and_another_seed_learns_otherwise(
 def test_fitting_changes_nothing_that_it_was_handed(
     name: str, make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble
 ) -> None:
-    modules = [backbone, *rewards.members]
+    mine = copy.deepcopy(backbone).requires_grad_(True).train()  # flags that a careless fit would change
+    modules = [mine, *rewards.members]
 
     def snapshot() -> list[Any]:
         weights = [value.clone() for module in modules for value in module.state_dict().values()]
@@ -235,7 +237,7 @@ def test_fitting_changes_nothing_that_it_was_handed(
         return [weights, flags, [module.training for module in modules], pickle.dumps(log.sequences())]
 
     weights, *rest = snapshot()
-    make(name).fit(log, backbone, rewards)
+    make(name).fit(log, mine, rewards)
     weights_after, *rest_after = snapshot()
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True))
     assert rest == rest_after
