@@ -145,7 +145,9 @@ def summary(run_dir: Path) -> list[str]:
             cells.setdefault((row["reward_noise"], row["seed"]), {})[row["metric"]] = row["value"]
         return [_line(noise, seed, figures) for (noise, seed), figures in sorted(cells.items())]
     except KeyError as error:
-        raise RunDirectoryError(f"{path} is not a table of this suite: it has no {error}; run the suite again") from error
+        raise RunDirectoryError(
+            f"{path} is not a table of this suite: it has no {error}; run the suite again"
+        ) from error
 
 
 def _line(noise: float, seed: int, f: dict[str, float]) -> str:

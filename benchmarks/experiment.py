@@ -73,7 +73,9 @@ class ExperimentConfig:
         require(bool(self.seeds) and _all_distinct(self.seeds), self, "seeds", "one seed or more, no repeats")
         legal = all(isinstance(x, int) and 0 <= x < 2**62 for x in self.seeds)
         require(legal, self, "seeds", "integers from 0 to 2^62 - 1")
-        require(self.test_contexts <= USERS_PER_CONTEXT_SEED, self, "test_contexts", f"at most {USERS_PER_CONTEXT_SEED}")
+        require(
+            self.test_contexts <= USERS_PER_CONTEXT_SEED, self, "test_contexts", f"at most {USERS_PER_CONTEXT_SEED}"
+        )
         for name in ("n_users", "validation_users", "judge_users", "test_contexts", "rollout_contexts"):
             require(getattr(self, name) >= 2, self, name, "at least 2")
         if self.world == "replay" and not self.data:

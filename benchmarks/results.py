@@ -25,6 +25,9 @@ SCHEMA = pa.schema(
 """Columns of the table; rows of the world itself have an empty ``agent``, and ``reliability`` is within user."""
 
 
+FLOATS = [field.name for field in SCHEMA if field.type == pa.float64()]
+
+
 def write_results(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes the table, in the order of the cells; a figure that is not finite is NaN.
 
@@ -32,6 +35,18 @@ def write_results(rows: list[dict[str, Any]], path: Path) -> None:
         RunDirectoryError: it cannot be written.
     """
     columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
-    columns["value"] = [float("nan") if value is None else float(value) for value in columns["value"]]
+    for name in FLOATS:
+        columns[name] = [float("nan") if value is None else float(value) for value in columns[name]]
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
+
+
+def is_row(row: Any) -> bool:
+    """Whether JSON values are a row of the table: its columns and no others, of the right kinds."""
+    if not isinstance(row, dict) or set(row) != set(SCHEMA.names):
+        return False
+    texts = all(isinstance(row[f.name], str) for f in SCHEMA if f.type == pa.string())
+    numbers = all(
+        row[f.name] is None or isinstance(row[f.name], (int, float)) for f in SCHEMA if f.type == pa.float64()
+    )
+    return texts and numbers and isinstance(row["seed"], int)

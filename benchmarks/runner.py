@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from recsim_gr.benchmarks.results import write_results
+from recsim_gr.benchmarks.results import is_row, write_results
 from recsim_gr.benchmarks.suite import Cell, CellResult, Suite, suite_type
 from recsim_gr.errors import ConfigError, RunDirectoryError
 from recsim_gr.files import read_json, write_json
@@ -64,7 +65,11 @@ class RunDirectory:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.identity = Path(path), identity
-        self._refuse_another()
+        try:
+            self._refuse_another()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunDirectoryError(f"{self.path} cannot be used ({reason}); give --out another directory") from error
 
     def open(self) -> None:
         """Makes the directory and writes its config."""
@@ -79,12 +84,17 @@ class RunDirectory:
         """The cells whose results are kept, and whole."""
         return [cell for cell in cells if self._is_finished(cell)]
 
-    def _is_finished(self, cell: Cell) -> bool:
+    def content(self, cell: Cell) -> dict[str, Any] | None:
+        """What a cell's file holds; None if it is missing, damaged, or of another cell."""
         try:
             content = read_json(self.cell_file(cell))
         except RunDirectoryError:
-            return False
-        return content.get("settings") == cell.settings and not content.get("failed") and "rows" in content
+            return None
+        return content if is_cell_content(content) and content["settings"] == cell.settings else None
+
+    def _is_finished(self, cell: Cell) -> bool:
+        content = self.content(cell)
+        return content is not None and not content["failed"]
 
     def _refuse_another(self) -> None:
         config = self.path / "config.json"
@@ -108,6 +118,16 @@ class RunDirectory:
             )
 
 
+def is_cell_content(content: Any) -> bool:
+    """Whether JSON values are what `_work` makes: everything that is read from a cell's file goes through here."""
+    if not isinstance(content, dict) or not isinstance(content.get("seconds"), (int, float)):
+        return False
+    rows, failed = content.get("rows"), content.get("failed")
+    if not isinstance(rows, list) or not isinstance(failed, dict):
+        return False
+    return all(is_row(row) for row in rows)
+
+
 def run(suite: Suite, out: Path, workers: int, console: Console) -> Outcome:
     """Runs the cells that are not finished, then writes ``results.parquet`` and the report.
 
@@ -122,8 +142,7 @@ def run(suite: Suite, out: Path, workers: int, console: Console) -> Outcome:
         ConfigError: no workers.
         KeyboardInterrupt: interrupted; finished cells are kept.
     """
-    if workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {workers}")
+    _refuse_no_workers(workers)
     directory = RunDirectory(out, suite.identity())
     cells = suite.cells()
     kept = directory.finished(cells)
@@ -135,6 +154,11 @@ def run(suite: Suite, out: Path, workers: int, console: Console) -> Outcome:
     return _conclude(suite, cells, directory, crashed)
 
 
+def _refuse_no_workers(workers: int) -> None:
+    if workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}")
+
+
 def _conclude(suite: Suite, cells: list[Cell], directory: RunDirectory, crashed: dict[str, str]) -> Outcome:
     """Gathers the cells' files into the table and draws the report."""
     outcome, rows = Outcome(), []
@@ -142,7 +166,10 @@ def _conclude(suite: Suite, cells: list[Cell], directory: RunDirectory, crashed:
         if cell.name in crashed:
             outcome.failures.append({"cell": cell.name, "reason": crashed[cell.name]})
             continue
-        content = read_json(directory.cell_file(cell))
+        content = directory.content(cell)
+        if content is None:
+            outcome.failures.append({"cell": cell.name, "reason": "its file was damaged meanwhile; run again"})
+            continue
         rows += content["rows"]
         failed = content["failed"]
         outcome.failures += [{"cell": cell.name, "reason": f"{a}: {why}"} for a, why in failed.items()]
@@ -158,57 +185,91 @@ def _conclude(suite: Suite, cells: list[Cell], directory: RunDirectory, crashed:
 def _run_cells(
     suite: Suite, todo: list[Cell], directory: RunDirectory, workers: int, console: Console
 ) -> dict[str, str]:
-    """Runs cells in processes and keeps each result as it comes; the reasons of those that crashed."""
+    """Runs cells in processes and keeps each result as it comes; the reasons of those that crashed.
+
+    A worker that dies takes the pool with it: what was not finished goes into a new one, and a cell that was begun
+    in `ATTEMPTS` pools that died is given up.
+    """
     crashed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with _environment(ENVIRONMENT), context.Manager() as manager:
-        messages = manager.Queue()
-        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_one_thread)
-        board = _Board(todo, min(workers, len(todo)), console)
-        try:
-            with board.following(messages):
-                pending = {pool.submit(_work, type(suite).name, suite.config, c, messages): c for c in todo}
-                while pending:
-                    done, _ = wait(pending, timeout=1.0, return_when="FIRST_COMPLETED")
-                    for future in done:
-                        cell = pending.pop(future)
-                        reason = _keep(future, cell, directory)
-                        if reason is not None and not directory.cell_file(cell).exists():
-                            crashed[cell.name] = reason
-                        board.finish(cell, reason)
-        except BaseException:
-            # the interrupted and the failing alike: no worker goes on after the run has stopped
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    messages = context.Queue()
+    board = _Board(todo, console)
+    left, begun = list(todo), dict.fromkeys((cell.name for cell in todo), 0)
+    with _environment(ENVIRONMENT), _termination_as_interrupt(), board.following(messages):
+        while left:
+            died = _one_pool(suite, left, directory, min(workers, len(left)), messages, board, crashed)
+            for cell in died:
+                begun[cell.name] += board.shares[cell.name] > 0.0
+                if begun[cell.name] >= ATTEMPTS:
+                    crashed[cell.name] = DEAD_WORKER
+                    board.finish(cell, DEAD_WORKER)
+            left = [cell for cell in died if cell.name not in crashed]
     return crashed
 
 
-def _keep(future: "Future[dict[str, Any]]", cell: Cell, directory: RunDirectory) -> str | None:
-    """Writes a cell's result; the reason if it has none.
+ATTEMPTS = 2
+DEAD_WORKER = "its worker process died twice (out of memory?); run the command again to try the cell again"
+
+
+def _one_pool(
+    suite: Suite,
+    todo: list[Cell],
+    directory: RunDirectory,
+    workers: int,
+    messages: Any,
+    board: "_Board",
+    crashed: dict[str, str],
+) -> list[Cell]:
+    """Runs cells until all are done or a worker dies; the cells that are left then. Fills ``crashed``."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(messages,))
+    left: list[Cell] = []
+    try:
+        with _interrupts_ignored():  # the workers inherit it: the parent alone answers Ctrl-C
+            pending = {pool.submit(_work, type(suite).name, suite.config, cell): cell for cell in todo}
+        while pending:
+            done, _ = wait(pending, timeout=1.0, return_when="FIRST_COMPLETED")
+            for future in done:
+                cell = pending.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    left.append(cell)
+                    continue
+                reason, kept = _keep(future, cell, directory)
+                if not kept and reason is not None:
+                    crashed[cell.name] = reason
+                board.finish(cell, reason)
+    except BaseException:
+        # the interrupted and the failing alike: no worker goes on after the run has stopped
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return left
+
+
+def _keep(future: "Future[dict[str, Any]]", cell: Cell, directory: RunDirectory) -> tuple[str | None, bool]:
+    """Writes a cell's result: what failed in it, if anything, and whether there was a result to write.
 
     Raises:
         RunDirectoryError: it cannot be written (a full disk): the whole run stops, nothing half-written is left.
     """
     try:
         content = future.result()
-    except BrokenProcessPool:
-        return "its worker process died (out of memory?); run the command again to try the cell again"
     except Exception as error:  # whatever a cell raises is its own failure, reported, and not the run's
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}", False
     write_json(directory.cell_file(cell), content)
-    return "; ".join(f"{agent}: {why}" for agent, why in content["failed"].items()) or None
+    return "; ".join(f"{agent}: {why}" for agent, why in content["failed"].items()) or None, True
 
 
-def _work(suite_name: str, config: Any, cell: Cell, messages: Any) -> dict[str, Any]:
+def _work(suite_name: str, config: Any, cell: Cell) -> dict[str, Any]:
     """Works one cell out, in a worker."""
     wall, cpu = time.perf_counter(), time.process_time()
     suite = suite_type(suite_name)(config)
 
     def notify(share: float, doing: str) -> None:
-        messages.put((cell.name, share, doing))
+        if _MESSAGES is not None:
+            _MESSAGES.put((cell.name, share, doing))
 
     result: CellResult = suite.run_cell(cell, notify)
     notify(1.0, "done")
@@ -224,22 +285,59 @@ def _work(suite_name: str, config: Any, cell: Cell, messages: Any) -> dict[str, 
     }
 
 
-def _one_thread() -> None:
-    """In a worker: one thread, and interrupts left to the parent, which ends the workers itself."""
-    import signal
+_MESSAGES: Any = None
+"""In a worker: the queue to the parent's progress board."""
 
+
+def _one_thread(messages: Any) -> None:
+    """In a worker: one thread; and an end with the parent, however that ends."""
     import torch
 
     import recsim_gr.benchmarks  # noqa: F401  (registers the suites)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global _MESSAGES
+    _MESSAGES = messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _peak_mebibytes() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """SIGINT means nothing inside, to this process and to those started meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM (``timeout``, a batch scheduler) ends a run as Ctrl-C does: workers first, finished cells kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -257,8 +355,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 class _Board:
     """Shows how far each cell and the whole run are, with an estimate of the time left."""
 
-    def __init__(self, cells: list[Cell], workers: int, console: Console) -> None:
-        self.console, self.workers = console, workers
+    def __init__(self, cells: list[Cell], console: Console) -> None:
+        self.console = console
         self.shares = {cell.name: 0.0 for cell in cells}
         self.start = time.monotonic()
         self.progress = Progress(
@@ -281,7 +379,9 @@ class _Board:
             while not stop.is_set():
                 try:
                     self.tell(*messages.get(timeout=0.5))
-                except (queue.Empty, EOFError, ConnectionError):
+                except queue.Empty:
+                    continue
+                except (EOFError, OSError, TypeError, ValueError):  # a worker died while it wrote
                     continue
 
         thread = threading.Thread(target=follow, daemon=True)
@@ -329,6 +429,7 @@ def dry_run(suite: Suite, out: Path, workers: int, show: Callable[[str], None]) 
     Raises:
         RunDirectoryError: another configuration is kept there.
     """
+    _refuse_no_workers(workers)
     directory = RunDirectory(out, suite.identity())
     cells = suite.cells()
     kept = {cell.name for cell in directory.finished(cells)}

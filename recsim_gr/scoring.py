@@ -84,7 +84,7 @@ METRICS = {
     "ndcg10_true": "NDCG@10, users of above-median mean true satisfaction",
     "hr10_true": "hit rate @10, the same users",
     "mrr_true": "mean reciprocal rank, the same users",
-    "ndcg10_own": "NDCG@10, all users, weighted by the next title's score (0 for the sample's lowest, 1 for its highest)",
+    "ndcg10_own": "NDCG@10, all users, weighted by the next title's score (sample's lowest: 0, highest: 1)",
     "hr10_own": "hit rate @10, weighted likewise",
     "mrr_own": "mean reciprocal rank, weighted likewise",
     "judge_return": "judge's mean score over three discounted steps, its own scores appended",

@@ -34,7 +34,7 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*LANDSCAPE, "--noise-levels", "nan"], "between 0 and 1"),
         ([*LANDSCAPE, "--n-titles", "0"], "n_titles must be at least 2"),
         ([*LANDSCAPE, "--history-length", "40"], "smaller than the catalogue (40 titles)"),
-        ([*LANDSCAPE, "--seeds", "-1"], "0 or more"),
+        ([*LANDSCAPE, "--seeds", "-1"], "integers from 0"),
         ([*LANDSCAPE, "--seeds", "1", "1"], "no repeats"),
         ([*LANDSCAPE, "--n-users", "0"], "n_users must be at least 2"),
         ([*LANDSCAPE, "--workers", "0"], "--workers must be at least 1"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recsim_gr.benchmarks.first_principles import ceilings, no_noise, only_noise
+from recsim_gr.benchmarks.first_principles import ceilings, check_first_principles, no_noise, only_noise
 from recsim_gr.benchmarks.statistics import Results
 
 AGENTS = ("BC", "RewardWeightedBC", "ASFT", "CQL", "PPO", "RSDPO", "ScoreOracle", "Oracle")
@@ -53,6 +53,13 @@ def test_a_winner_on_pure_noise_fails() -> None:
     line = only_noise(results(PPO=np.array([[0.0], [0.1]])))[0]
     assert line.startswith("FAILS")
     assert "PPO" in line
+
+
+def test_the_claim_at_dial_1_is_made_where_the_score_carries_nothing() -> None:
+    found = results()
+    assert any("dial 1" in line for line in check_first_principles(found, True, "watch_time"))
+    assert not any("dial 1" in line for line in check_first_principles(found, True, "gaussian"))
+    assert len(check_first_principles(found, False, "watch_time")) == 2
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 9])

@@ -1,6 +1,11 @@
 """The runner on the landscape's smoke preset: same table whatever the workers, resuming, refusals, failures."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from io import StringIO
@@ -15,6 +20,7 @@ from recsim_gr.agents import BC, agent_type
 from recsim_gr.benchmarks import SUITES, Landscape
 from recsim_gr.benchmarks.runner import RunDirectory, _conclude, _keep, dry_run, duration, run
 from recsim_gr.benchmarks.suite import Cell, suite_type
+from recsim_gr.cli import INTERRUPTED
 from recsim_gr.errors import ConfigError, RunDirectoryError, TrainingError, UnknownNameError
 
 # Few agents, but one of each kind of randomness: batches, the ensemble, drawn pairs, stable-baselines3's globals.
@@ -60,7 +66,7 @@ def test_table_holds_every_agent_in_every_cell(finished: Path) -> None:
     found = {(r["agent"], r["reward_noise"], r["seed"]) for r in rows if r["metric"] == "value_top10"}
     assert found == {(agent, noise, 0) for agent in FEW for noise in (0.0, 1.0)}
     assert {r["env"] for r in rows} == {"recsim_gr/WatchTime-v0"}
-    assert len({r["config_id"] for r in rows}) == 1
+    assert all(len({r["config_id"] for r in rows if r["agent"] == agent}) == 1 for agent in ("", *FEW))
 
 
 def test_noise_alone_leaves_users_and_titles_shared(finished: Path) -> None:
@@ -86,8 +92,20 @@ def test_a_truncated_or_failed_cell_is_run_again(finished: Path, tmp_path: Path)
     try:
         directory.cell_file(first).write_text(kept[: len(kept) // 2])
         assert directory.finished([first, second]) == [second]
-        directory.cell_file(first).write_text(json.dumps({**json.loads(kept), "failed": {"BC": "why"}}))
-        assert directory.finished([first, second]) == [second]
+        whole = json.loads(kept)
+        damages: tuple[Any, ...] = (
+            {**whole, "failed": {"BC": "why"}},
+            {**whole, "rows": None},
+            {**whole, "rows": [{**whole["rows"][0], "value": "abc"}]},
+            {key: value for key, value in whole.items() if key != "seconds"},
+            {**whole, "settings": {}},
+            [],
+            None,
+            "x",
+        )
+        for damaged in damages:
+            directory.cell_file(first).write_text(json.dumps(damaged))
+            assert directory.finished([first, second]) == [second]
     finally:
         directory.cell_file(first).write_text(kept)
 
@@ -112,17 +130,20 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_no_workers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--workers must be at least 1, got 0"):
         run(smoke(), tmp_path / "out", workers=0, console=quiet())
+    with pytest.raises(ConfigError, match="--workers must be at least 1, got -3"):
+        dry_run(smoke(), tmp_path / "out", workers=-3, show=lambda line: None)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_agent_costs_no_other_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [TrainingError("BC diverged: loss nan at step 3"), KeyError("x")])
+def test_a_failing_agent_costs_no_other_its_results(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverges(*_: Any, **__: Any) -> None:
-        raise TrainingError("BC diverged: loss nan at step 3")
+        raise error
 
     monkeypatch.setattr(BC, "fit", diverges)
     suite = smoke(agents=("Random", "BC", "Popularity", "Oracle"))
     result = suite.run_cell(suite.cells()[0], lambda share, doing: None)
-    assert result.failed == {"BC": "TrainingError: BC diverged: loss nan at step 3"}
+    assert result.failed == {"BC": f"{type(error).__name__}: {error}"}
     assert {row["agent"] for row in result.rows} == {"", "Random", "Popularity", "Oracle"}
 
 
@@ -133,12 +154,12 @@ def test_a_crashed_cell_is_reported_and_the_rest_concluded(tmp_path: Path, finis
     directory.open()
     crashed: Future[dict[str, Any]] = Future()
     crashed.set_exception(MemoryError("no room"))
-    reason = _keep(crashed, first, directory)
-    assert reason == "MemoryError: no room"
+    reason, kept = _keep(crashed, first, directory)
+    assert (reason, kept) == ("MemoryError: no room", False)
     source = RunDirectory(finished, suite.identity()).cell_file(second)
     directory.cell_file(second).parent.mkdir()
     directory.cell_file(second).write_text(source.read_text())
-    outcome = _conclude(suite, [first, second], directory, {first.name: reason})
+    outcome = _conclude(suite, [first, second], directory, {first.name: "MemoryError: no room"})
     assert outcome.failures == [{"cell": first.name, "reason": "MemoryError: no room"}]
     assert outcome.finished == [second.name]
     assert {r["reward_noise"] for r in pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()} == {1.0}
@@ -191,6 +212,44 @@ def test_unknown_names_list_the_known_ones() -> None:
         Landscape.preset("quik")
     with pytest.raises(UnknownNameError, match=r"no agent 'A-SFT'; there are .*ASFT"):
         agent_type("A-SFT")
+
+
+def test_a_path_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"cannot be used .*give --out another"):
+        run(smoke(), tmp_path / ("x" * 300), workers=1, console=quiet())
+
+
+def test_close_noise_levels_have_files_of_their_own() -> None:
+    suite = smoke(noise_levels=(0.1234567, 0.12345671, 0.15))
+    assert [c.name for c in suite.cells()] == [f"noise-{x}-seed-0" for x in ("0.1234567", "0.12345671", "0.15")]
+
+
+def test_a_run_directory_says_what_was_run(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["agent_configs"]["ASFT"]["beta"] == 0.5
+    assert config["version"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_a_run_leaves_no_process_and_no_traceback(stop: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recsim_gr", "run", "landscape", "--preset", "smoke", "--out", str(tmp_path / "o")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "o" / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)  # the workers are being started
+    os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert b"goes on where it stopped" in output
+    assert b"Traceback" not in output
+    for _ in range(100):  # the processes of the session, once the parent has gone
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a process of the run is still there")
 
 
 def test_durations_read_well() -> None:

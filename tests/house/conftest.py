@@ -26,9 +26,7 @@ def root() -> Path:
 def run() -> Run:
     """Run a command in a folder and return what it said; nothing is raised when it fails."""
 
-    def run(
-        *command: str | Path, cwd: Path, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         clean = {name: value for name, value in os.environ.items() if name not in LEAKING}
         return subprocess.run(
             [str(word) for word in command],

@@ -69,9 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(root: Path, wheel: Path) -
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
-def test_the_installed_wheel_imports_without_the_checkout(
-    root: Path, python: Path, tmp_path: Path, run: Run
-) -> None:
+def test_the_installed_wheel_imports_without_the_checkout(root: Path, python: Path, tmp_path: Path, run: Run) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]
     result = run(python, "-c", IMPORT_ALL, *packages, cwd=tmp_path)
