@@ -160,6 +160,11 @@ class Agent(ABC):
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
         """(n, I) log π(a | x); -inf for seen titles."""
 
+    @property
+    def ranks_by_log_probs(self) -> bool:
+        """Whether `scores` is not the agent's own."""
+        return type(self).scores is Agent.scores
+
     def scores(self, observations: Observations) -> NDArray[np.float32]:
         """(n, I) what the agent ranks by; its log-probabilities unless it has better."""
         return self.log_probs(observations)

@@ -41,22 +41,22 @@ class ExperimentConfig:
     history_length: int = 20
     n_users: int = 4_000
     """Training users, at most as many as a replayed world has."""
-    validation_users: int = 1_000
-    """For early stopping: a standard error of about 0.01 nats of the likelihood."""
+    validation_users: int = 600
+    """For early stopping: a standard error of about 0.013 nats of the likelihood."""
     judge_users: int = 4_000
     """The judge learns from as many users as the agents do, none of them theirs."""
     test_contexts: int = 2_000
     """A standard error of about 0.015 of a top-ten value, far less of a paired difference."""
-    rollout_contexts: int = 500
+    rollout_contexts: int = 400
     """For the three-step returns, which cost six times a plain evaluation."""
     backbone: HSTUConfig = field(default_factory=lambda: HSTUConfig(n_layers=1, dropout=0.1))
     """One layer: at 200 titles and 20 events it reaches the likelihood of two in half the time."""
     pretraining: TrainingConfig = PRETRAINING
     rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
     judge_pretraining: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=400, learning_rate=1e-2, warmup_steps=50, checks=4)
+        default_factory=lambda: TrainingConfig(steps=320, learning_rate=1e-2, warmup_steps=50, checks=4)
     )
-    """Half the agents' own: the judge's backbone only serves its scores, which go on training it."""
+    """Two fifths of the agents' own: the judge's backbone only serves its scores, which go on training it."""
     judge: RewardEnsembleConfig = field(
         default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=240))
     )

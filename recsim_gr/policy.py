@@ -74,8 +74,17 @@ def log_probs_of(policy: Any, observations: Observations, truth: Truth, users: N
     return log_probs - np.log(total)[:, None]
 
 
-def ranking_scores(policy: Any, observations: Observations, truth: Truth, users: NDArray[np.int64]) -> FloatArray:
+def ranking_scores(
+    policy: Any,
+    observations: Observations,
+    truth: Truth,
+    users: NDArray[np.int64],
+    log_probs: FloatArray | None = None,
+) -> FloatArray:
     """(n, I) float64: what a policy ranks by, -inf for seen titles.
+
+    ``log_probs`` of the same observations, where they are known already, save a policy that ranks by them
+    (``ranks_by_log_probs``) from answering twice.
 
     Raises:
         PolicyError: wrong shape or NaN.
@@ -84,6 +93,8 @@ def ranking_scores(policy: Any, observations: Observations, truth: Truth, users:
     seen = observations.seen()
     if is_referee(policy):
         raw = policy.true_scores(truth, users)
+    elif log_probs is not None and getattr(policy, "ranks_by_log_probs", not hasattr(policy, "scores")):
+        raw = log_probs
     else:
         raw = getattr(policy, "scores", policy.log_probs)(observations)
     # a title that the policy itself rules out still ranks above those already seen, which cannot be recommended

@@ -161,10 +161,8 @@ class Examination:
 
     def _answer(self, policy: Any) -> Answer:
         observations, users = self.contexts.observations, self.contexts.users
-        return Answer(
-            log_probs_of(policy, observations, self.world, users),
-            ranking_scores(policy, observations, self.world, users),
-        )
+        log_probs = log_probs_of(policy, observations, self.world, users)
+        return Answer(log_probs, ranking_scores(policy, observations, self.world, users, log_probs))
 
     def _values(self, answer: Answer, top: NDArray[np.int64]) -> dict[str, float]:
         probabilities = np.exp(answer.log_probs)

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from recsim_gr.agents import Oracle, ScoreOracle
 from recsim_gr.errors import PolicyError
+from recsim_gr.metrics import top_k
 from recsim_gr.noise import RewardNoise, Scores, WatchTimeNoise
 from recsim_gr.observations import Contexts, Observations
+from recsim_gr.policy import ranking_scores
 from recsim_gr.scoring import METRICS, Examination, discounted_mean, evaluate, sample_titles
 from recsim_gr.world import World, WorldConfig
 
@@ -524,3 +526,24 @@ def test_anything_with_log_probs_can_be_scored() -> None:
     assert got["value_sampled"] == pytest.approx(np.mean(expected), rel=1e-6)
     assert got["entropy"] == pytest.approx(math.log(9))
     assert got["value_top10"] == pytest.approx(got["value_sampled"])  # nine titles are left, and all are listed
+
+
+class OneTitle:
+    """Puts everything on one unseen title and rules out the rest: legal, and a tie of all other titles."""
+
+    name = "OneTitle"
+
+    def log_probs(self, observations: Observations) -> NDArray[Any]:
+        answer = np.full((len(observations), observations.n_titles), -np.inf)
+        answer[np.arange(len(observations)), (~observations.seen()).argmax(axis=1)] = 0.0
+        return answer
+
+
+def test_what_a_policy_rules_out_still_ranks_above_what_was_seen() -> None:
+    world = World(WorldConfig(n_titles=40, history_length=30, reward_noise=0.0))
+    contexts = world.contexts(50)
+    ranked = ranking_scores(OneTitle(), contexts.observations, world, contexts.users)
+    top = top_k(ranked, 10)
+    assert not np.take_along_axis(contexts.observations.seen(), top, axis=1).any()
+    figures = Examination(world, contexts)
+    assert figures.evaluate(OneTitle())["regret_top10"] >= 0.0
