@@ -848,5 +848,8 @@ def test_every_legal_config_makes_a_world_that_works(config: WorldConfig) -> Non
     log_of(config, 2)
     contexts = world.contexts(2)
     assert np.isfinite(world.expected_score(contexts.users)).all()
-    assert np.isfinite(world.reliability(20)).all()
+    reliability = world.reliability(20)
+    assert math.isfinite(reliability.pooled)
+    # of one event a user nothing can be said within users
+    assert math.isfinite(reliability.within_user) == (config.history_length > 1)
     assert math.isfinite(world.alignment(20))

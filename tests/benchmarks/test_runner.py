@@ -232,7 +232,11 @@ def test_a_run_directory_says_what_was_run(finished: Path) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_a_run_leaves_no_process_and_no_traceback(stop: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "recsim_gr", "run", "landscape", "--preset", "smoke", "--out", str(tmp_path / "o")]
+    # a job in the background inherits a SIGINT that is ignored, and these tests may run in one
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    arguments = ["run", "landscape", "--preset", "smoke", "--out", str(tmp_path / "o")]
+    program = f"{listening}; from recsim_gr.cli import main; raise SystemExit(main({arguments!r}))"
+    command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "o" / "config.json").exists() and time.monotonic() < deadline:
