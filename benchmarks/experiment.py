@@ -54,13 +54,13 @@ class ExperimentConfig:
     pretraining: TrainingConfig = PRETRAINING
     rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
     judge_pretraining: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=320, learning_rate=1e-2, warmup_steps=50, checks=4)
+        default_factory=lambda: TrainingConfig(steps=256, learning_rate=1e-2, warmup_steps=50, checks=4)
     )
     """Two fifths of the agents' own: the judge's backbone only serves its scores, which go on training it."""
     judge: RewardEnsembleConfig = field(
-        default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=240))
+        default_factory=lambda: RewardEnsembleConfig(members=2, training=TrainingConfig(steps=200))
     )
-    """Two members, trained for three quarters of the agents' steps: only their mean is used."""
+    """Two members, trained for 200 steps: only their mean is used."""
 
     def __post_init__(self) -> None:
         require_finite_numbers(self)

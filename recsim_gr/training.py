@@ -29,8 +29,8 @@ MASKED = -1e9
 class TrainingConfig:
     """How long and how fast something is trained."""
 
-    steps: int = 320
-    """Gradient steps: five passes over 4,000 users at 64 a batch, and ten rollouts of PPO."""
+    steps: int = 256
+    """Gradient steps: four passes over 4,000 users at 64 a batch, and eight rollouts of PPO."""
     batch_users: int = 64
     """Users a batch, all their prefixes at once: with 20 events 1,280 contexts. Larger batches learn little but
     popularity in the same time."""
