@@ -22,7 +22,6 @@ from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
 from recsim_gr.rewards import RewardEnsemble, RewardTable
 from recsim_gr.training import (
-    MASKED,
     Batch,
     Histories,
     TrainingConfig,
@@ -401,8 +400,3 @@ def backbone_shape(backbone: HSTU) -> dict[str, Any]:
 def build_backbone(shape: dict[str, Any]) -> HSTU:
     """An untrained backbone of a saved shape."""
     return HSTU(configs.from_dict(HSTUConfig, shape["backbone"]), int(shape["n_titles"]))
-
-
-def unmasked(logits: Tensor) -> Tensor:
-    """(…, I) bool: which titles have not been seen."""
-    return logits > MASKED / 2

@@ -50,7 +50,7 @@ class ExperimentConfig:
     rollout_contexts: int = 400
     """For the three-step returns, which cost six times a plain evaluation."""
     backbone: HSTUConfig = field(default_factory=lambda: HSTUConfig(n_layers=1, dropout=0.1))
-    """One layer: at 200 titles and 20 events it reaches the likelihood of two in half the time."""
+    """One layer, for the budget of a cell; suite ``convergence`` says how far the likelihood is from its best."""
     pretraining: TrainingConfig = PRETRAINING
     rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
     judge_pretraining: TrainingConfig = field(

@@ -31,8 +31,8 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**26),
 }
 """Of the workers. One thread each: two OpenMP threads on a core that something else uses are many times slower than
-one. And glibc keeps freed memory, instead of giving every megabyte tensor back and faulting it in again: a gradient
-step takes about 0.85 of the time."""
+one. And glibc keeps freed memory, instead of giving every megabyte tensor back and faulting it in again
+(``pytest -m benchmark -s tests/benchmarks/test_speed.py``, with these set and without)."""
 
 
 @dataclass

@@ -20,8 +20,8 @@ from recsim_gr.training import (
 )
 
 PRETRAINING = TrainingConfig(steps=640, learning_rate=1e-2, warmup_steps=50, checks=8)
-"""Ten passes over 4,000 users at the rate found best for 64 users a batch (1e-2 against 3e-3: 0.07 nats lower
-after as many steps); ten times as many steps gain less than 0.05 nats (suite ``convergence``)."""
+"""Ten passes over 4,000 users, at a higher rate than what starts from it; suite ``convergence`` sets it beside a run
+ten times as long."""
 
 
 def pretrain(

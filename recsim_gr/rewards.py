@@ -230,8 +230,8 @@ def fit_reward_ensemble(
 ) -> RewardEnsemble:
     """Fits the ensemble; each member has its own head, its own resample of the users and its own batches.
 
-    Members start from copies of the pretrained backbone, and part from each other by co-training. (Trained from
-    random weights they need more than twice the steps for the same held-out error.)
+    Members start from copies of the pretrained backbone, and part from each other by co-training. (So imitation
+    need not be learned again by each.)
 
     Args:
         log: the scores to learn.
