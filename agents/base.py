@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recsim_gr import configs
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
 from recsim_gr.errors import CheckpointError, ConfigError, RecsimError, UnknownNameError
 from recsim_gr.files import atomic_path, read_json, write_json
 from recsim_gr.log import InteractionLog
@@ -157,7 +157,7 @@ class Agent(ABC):
 
     @abstractmethod
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
-        """(n, I) log π(a | x); -inf for seen titles."""
+        """(n, I) log π(a | x); -inf for titles that are seen or not out yet."""
 
     @property
     def ranks_by_log_probs(self) -> bool:
@@ -377,26 +377,30 @@ def fit_record(record: TrainingRecord, samples: int = 0) -> FitRecord:
 def last_logits(
     score: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Observations, chunk: int = 512
 ) -> Tensor:
-    """(n, I) scores of all titles after the whole histories, seen titles at -inf."""
+    """(n, I) scores of all titles after the whole histories, -inf where seen or not out yet."""
     parts = []
     for start in range(0, len(observations), chunk):
         part = observations[slice(start, start + chunk)]
         logits = score(*tensors(part))
-        parts.append(logits.masked_fill(torch.from_numpy(part.seen()), -torch.inf))
+        parts.append(logits.masked_fill(torch.from_numpy(part.unavailable()), -torch.inf))
     return torch.cat(parts)
 
 
 def backbone_log_probs(backbone: HSTU, observations: Observations) -> NDArray[np.float32]:
-    """(n, I) log-softmax of a backbone's logits over unseen titles."""
+    """(n, I) log-softmax of a backbone's logits over the titles that can be chosen."""
     logits = last_logits(lambda *history: backbone.logits(backbone.encode_last(*history)), observations)
     return torch.log_softmax(logits, dim=-1).numpy()
 
 
 def backbone_shape(backbone: HSTU) -> dict[str, Any]:
     """What `build_backbone` needs."""
-    return {"n_titles": backbone.n_titles, "backbone": configs.to_dict(backbone.config)}
+    genres = None if backbone.metadata is None else backbone.metadata.n_genres
+    return {"n_titles": backbone.n_titles, "backbone": configs.to_dict(backbone.config), "genres": genres}
 
 
 def build_backbone(shape: dict[str, Any]) -> HSTU:
     """An untrained backbone of a saved shape."""
-    return HSTU(configs.from_dict(HSTUConfig, shape["backbone"]), int(shape["n_titles"]))
+    config, n_titles = configs.from_dict(HSTUConfig, shape["backbone"]), int(shape["n_titles"])
+    if shape["genres"] is None:
+        return HSTU(config, n_titles)
+    return HSTU(config, n_titles, TitleMetadata.empty(n_titles, int(shape["genres"]), config))

@@ -92,8 +92,8 @@ class Pretrained(BackboneAgent):
 
 
 def _normalised(logits: NDArray[Any], observations: Observations) -> NDArray[np.float32]:
-    """(n, I) log-softmax over unseen titles."""
-    masked = np.where(observations.seen(), -np.inf, logits)
+    """(n, I) log-softmax over the titles that can be chosen."""
+    masked = np.where(observations.unavailable(), -np.inf, logits)
     top = masked.max(axis=1, keepdims=True)
     total = np.log(np.exp(masked - top).sum(axis=1, keepdims=True)) + top
     return (masked - total).astype(np.float32)

@@ -128,6 +128,6 @@ class CQL(Agent):
     def _batch_loss(self, batch: Batch) -> Tensor:
         backbone = self.q_function.backbone
         q = self.q_function.head.all_titles(prefix_states(backbone, batch), backbone)
-        q = q + prefix_mask(batch.titles, backbone.n_titles)
+        q = q + prefix_mask(batch, backbone.n_titles)
         chosen = batch.titles.clamp(max=backbone.n_titles - 1)
         return masked_mean(cql_loss(q, chosen, batch.scores, self.config.alpha), batch)

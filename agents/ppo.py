@@ -175,7 +175,7 @@ class _Watch(BaseCallback):
         observations, titles = self.locals["obs_tensor"], torch.from_numpy(self.locals["actions"])
         with torch.no_grad():
             state = self.reference.encode_last(observations["titles"], observations["scores"], observations["times"])
-            reference = masked_log_probs(self.reference, state, observations["titles"])
+            reference = masked_log_probs(self.reference, state, observations["titles"], observations["epoch"])
         log_ratio = self.locals["log_probs"] - reference.gather(1, titles[:, None])[:, 0]
         self.locals["rewards"] -= self.config.kl_weight * log_ratio.numpy()
         return True

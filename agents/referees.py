@@ -42,4 +42,4 @@ class Oracle(RefereeAgent):
     name = "Oracle"
 
     def true_scores(self, truth: Truth, users: NDArray[np.int64]) -> NDArray[Any]:
-        return truth.satisfaction(users)
+        return truth.worth(users)

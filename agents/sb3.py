@@ -149,19 +149,22 @@ class BackbonePolicy(ActorCriticPolicy):
     def _log_probs_and_values(self, obs: Any) -> tuple[Tensor, Tensor]:
         titles = obs["titles"].long()
         state = self.backbone.encode_last(titles, obs["scores"], obs["times"])
-        return masked_log_probs(self.backbone, state, titles), self.value_net(state)
+        return masked_log_probs(self.backbone, state, titles, obs["epoch"]), self.value_net(state)
 
 
-def masked_log_probs(backbone: HSTU, state: Tensor, titles: Tensor) -> Tensor:
-    """(n, I) log π over unseen titles; about `MASKED` for seen ones, whose probability is exactly 0.
+def masked_log_probs(backbone: HSTU, state: Tensor, titles: Tensor, epoch: Tensor) -> Tensor:
+    """(n, I) log π over the titles that can be chosen; about `MASKED` for others, whose probability is exactly 0.
 
     Args:
         backbone: the policy.
         state: (n, d) after the histories.
         titles: (n, L) the histories, padding n_titles.
+        epoch: (n,) or (n, 1).
     """
-    mask = state.new_zeros(len(titles), backbone.n_titles + 1).scatter_(1, titles, MASKED)
-    return torch.log_softmax(backbone.logits(state) + mask[:, :-1], dim=-1)
+    mask = state.new_zeros(len(titles), backbone.n_titles + 1).scatter_(1, titles, MASKED)[:, :-1]
+    if backbone.metadata is not None:
+        mask = mask.masked_fill(backbone.metadata.release > epoch.reshape(-1, 1), MASKED)
+    return torch.log_softmax(backbone.logits(state) + mask, dim=-1)
 
 
 def inverse_cdf(log_probs: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from recsim_gr.pretraining import PRETRAINING, imitation_loss
 from recsim_gr.replay import ReplayConfig, ReplayWorld, load_matrix
 from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.training import Histories, TrainingConfig, train
-from recsim_gr.world import USERS_PER_CONTEXT_SEED, World, WorldBase, WorldConfig
+from recsim_gr.world import World, WorldConfig
+from recsim_gr.world_base import USERS_PER_CONTEXT_SEED, WorldBase
 
 WORLDS = ("simulated", "replay")
 

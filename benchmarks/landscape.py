@@ -35,7 +35,7 @@ from recsim_gr.rewards import (
 )
 from recsim_gr.scoring import Examination
 from recsim_gr.training import Histories, TrainingConfig
-from recsim_gr.world import WorldBase
+from recsim_gr.world_base import WorldBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class Laboratory:
         mean = float(self.logs.train.score.mean())
         errors_of_user_mean = (user_mean_baseline(test, mean) - test.scores)[test.valid]
         by_title = title_mean_baseline(self.logs.train)
-        truth = np.where(self.contexts.observations.seen(), np.nan, world.satisfaction(self.contexts.users))
+        truth = np.where(self.contexts.observations.unavailable(), np.nan, world.satisfaction(self.contexts.users))
         return {
             "alignment": world.alignment(),
             "nll_validation": negative_log_likelihood(self.backbone, Histories(self.logs.validation)),

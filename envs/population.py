@@ -5,8 +5,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from recsim_gr.behaviour import FloatArray, Users
 from recsim_gr.envs.bandit import Bandit, Played, Rows, lowest_where_invalid, observation_space, seen_before
-from recsim_gr.world import HOURS_BETWEEN_SESSIONS, FloatArray, Users, WorldBase
+from recsim_gr.noise import Exposure
+from recsim_gr.world_base import HOURS_BETWEEN_SESSIONS, WorldBase
 
 POOL_USERS = 4_096
 """Users of an environment unless told otherwise: as many as the quick preset logs, prepared in 0.9 s at 1,000 titles
@@ -121,7 +123,7 @@ class WorldBandit(Bandit):
         invalid = seen_before(titles, who.titles.take(rows, axis=0))
         satisfaction = who.pairs.satisfaction(rows, titles).astype(np.float64)
         duration = self.world.durations[titles]
-        outcome = self.world.noise.sample(satisfaction, who.free_time[rows], duration, u)
+        outcome = self.world.noise.sample(Exposure(satisfaction, who.free_time[rows], duration), u)
         satisfaction = lowest_where_invalid(satisfaction, invalid)
         propensity = np.exp(np.minimum(who.utility(rows, titles) - who.normaliser[rows], 0.0))
         info = {

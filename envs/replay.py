@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recsim_gr.behaviour import FloatArray, Users
 from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
 from recsim_gr.envs.population import WorldBandit
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.envs.watch_time import world_config
 from recsim_gr.errors import ConfigError
 from recsim_gr.replay import ReplayConfig, ReplayWorld
-from recsim_gr.world import FloatArray, Users
 
 
 class ReplayEnv(BanditEnv):

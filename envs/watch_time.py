@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from recsim_gr.behaviour import BehaviourConfig, FloatArray, Users
 from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
 from recsim_gr.envs.population import POOL_USERS, WorldBandit
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.errors import ConfigError
-from recsim_gr.world import BehaviourConfig, FloatArray, Users, World, WorldConfig
+from recsim_gr.world import World, WorldConfig
 
 ConfigT = TypeVar("ConfigT", bound=BehaviourConfig)
 

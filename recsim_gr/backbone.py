@@ -18,10 +18,13 @@ maximum length share the last position's parameters, so that a session may go on
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recsim_gr.catalogue import Catalogue
 from recsim_gr.configs import require, require_finite_numbers
 
 TIME_BUCKETS = 16
@@ -47,14 +50,73 @@ class HSTUConfig:
     positions: bool = True
     """Positional parameters; without them the backbone is blind to order beyond causality and time."""
 
+    metadata: str = "when_cold"
+    """Whether titles are represented by their metadata too (`METADATA`): by default where some come out later, since
+    those have no history; elsewhere their own embeddings say more."""
+    id_dropout: float = 0.2
+    """Share of titles whose own embedding is dropped in a training step, where metadata are used: enough that the
+    metadata learn to stand alone, little enough that the embeddings do too."""
+
     def __post_init__(self) -> None:
         require_finite_numbers(self)
+        require(self.metadata in METADATA, self, "metadata", f"one of {', '.join(METADATA)}")
+        require(0.0 <= self.id_dropout < 1.0, self, "id_dropout", "in [0, 1)")
         for name in ("dimensions", "n_layers", "n_heads"):
             require(getattr(self, name) >= 1, self, name, "at least 1")
         require(self.dimensions % self.n_heads == 0, self, "n_heads", f"a divisor of {self.dimensions}")
         require(self.max_length >= 0, self, "max_length", "0 or more")
         require(self.temperature > 0, self, "temperature", "positive")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "in [0, 1)")
+
+
+METADATA = ("never", "when_cold", "always")
+"""When a title is represented by its metadata beside its own embedding."""
+
+
+class TitleMetadata(nn.Module):
+    """What stands for a title that nobody has watched yet: its genre and duration, as vectors beside its embedding.
+
+    A title that the training log does not hold has no embedding of its own, only these; and so that they learn to stand
+    alone, training drops the others' own embeddings now and then (DropoutNet: Volkovs, Yu, Poutanen, NeurIPS 2017).
+    The release epoch says which titles are out, and is no feature: nobody in the log has seen the latest.
+
+    Args:
+        catalogue: the metadata.
+        known: (I,) bool; which titles the training log holds.
+        config: dimensions and ``id_dropout``.
+    """
+
+    genre: Tensor
+    minutes: Tensor
+    release: Tensor
+    known: Tensor
+
+    def __init__(self, catalogue: Catalogue, known: NDArray[np.bool_], config: "HSTUConfig") -> None:
+        super().__init__()
+        self.n_genres, self.id_dropout = catalogue.n_genres, config.id_dropout
+        minutes = np.log(catalogue.duration_minutes.astype(np.float64))
+        minutes = (minutes - minutes.mean()) / max(float(minutes.std()), 1e-6)
+        self.register_buffer("genre", torch.from_numpy(catalogue.genre.copy()))
+        self.register_buffer("minutes", torch.from_numpy(minutes.astype(np.float32)))
+        self.register_buffer("release", torch.from_numpy(catalogue.release.copy()))
+        self.register_buffer("known", torch.from_numpy(known.astype(np.float32)))
+        self.by_genre = nn.Parameter(torch.empty(self.n_genres, config.dimensions).normal_(std=0.02))
+        self.by_minutes = nn.Parameter(torch.zeros(config.dimensions))
+
+    @classmethod
+    def empty(cls, n_titles: int, n_genres: int, config: "HSTUConfig") -> "TitleMetadata":
+        """Of that shape, to load a saved state into."""
+        zeros = np.zeros(n_titles, dtype=np.int64)
+        genre = zeros.copy()
+        genre[0] = n_genres - 1
+        return cls(Catalogue(genre, np.ones(n_titles, dtype=np.float32), zeros), zeros.astype(bool), config)
+
+    def forward(self, own: Tensor) -> Tensor:
+        """(I, d) embeddings of the titles' own to (I, d) vectors."""
+        kept = self.known
+        if self.training and self.id_dropout > 0:
+            kept = kept * (torch.rand_like(kept) >= self.id_dropout)
+        return own * kept[:, None] + self.by_genre[self.genre] + self.minutes[:, None] * self.by_minutes
 
 
 class HSTULayer(nn.Module):
@@ -92,9 +154,10 @@ class HSTU(nn.Module):
     Args:
         config: its shape; ``max_length`` must be set.
         n_titles: I.
+        metadata: what titles are represented by beside their own embeddings, if anything.
     """
 
-    def __init__(self, config: HSTUConfig, n_titles: int) -> None:
+    def __init__(self, config: HSTUConfig, n_titles: int, metadata: TitleMetadata | None = None) -> None:
         super().__init__()
         require(config.max_length >= 1, config, "max_length", "set before the backbone is built")
         self.config, self.n_titles = config, n_titles
@@ -105,6 +168,7 @@ class HSTU(nn.Module):
         self.by_score = nn.Linear(d, d, bias=False)
         self.score_level = nn.Parameter(torch.zeros(d))
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.n_layers))
+        self.metadata = metadata
 
     def encode(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
         """States after every prefix.
@@ -136,9 +200,13 @@ class HSTU(nn.Module):
         length = (titles < self.n_titles).sum(dim=1)
         return states[torch.arange(len(states), device=states.device), length]
 
+    def title_vectors(self) -> Tensor:
+        """(I, d): what stands for each title."""
+        return self.titles if self.metadata is None else self.metadata(self.titles)
+
     def title_directions(self) -> Tensor:
         """(I, d): the titles' embeddings, of length 1 over the temperature; logits are states @ these."""
-        return F.normalize(self.titles, dim=-1) / self.config.temperature
+        return F.normalize(self.title_vectors(), dim=-1) / self.config.temperature
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., d) states to (..., I) cosine scores over the temperature, seen titles included."""
@@ -146,7 +214,7 @@ class HSTU(nn.Module):
 
     def _tokens(self, titles: Tensor, scores: Tensor) -> Tensor:
         """(B, T, d): the title's embedding, and the same turned by how much the title was liked."""
-        padded = F.pad(self.titles, (0, 0, 0, 1))
+        padded = F.pad(self.title_vectors(), (0, 0, 0, 1))
         embedded = padded[titles] * math.sqrt(self.config.dimensions)
         liked = ((scores - 3.0) / 2.0).unsqueeze(-1)
         return embedded + liked * (self.by_score(embedded) + self.score_level)

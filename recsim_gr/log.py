@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from recsim_gr.catalogue import Catalogue
 from recsim_gr.errors import LogFormatError, MissingPropensitiesError
 from recsim_gr.files import atomic_path
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: the catalogue
 _METADATA_KEY = b"recsim_gr"
 
 COLUMNS: dict[str, type[np.generic]] = {
@@ -46,6 +47,7 @@ class InteractionLog:
         bounded_scores: whether the noise model keeps scores in [1, 5].
         propensities: (E,) float64, the logging policy's probability of each event given the titles before it; None
             when the log was made without exposing them.
+        catalogue: public metadata of the titles; None for a log that came without.
         provenance: where the log comes from, as JSON values (a world's config); for people, not for algorithms.
 
     Raises:
@@ -64,6 +66,7 @@ class InteractionLog:
     bounded_scores: bool = True
     propensities: NDArray[np.float64] | None = None
     provenance: dict[str, Any] | None = None
+    catalogue: Catalogue | None = None
 
     def __post_init__(self) -> None:
         for name, kind in COLUMNS.items():
@@ -90,7 +93,7 @@ class InteractionLog:
         scores, times = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
         for dense, column in ((titles, self.title), (scores, self.score), (times, self.hours)):
             dense[rows, self.step] = column
-        return Observations(titles, scores, times, lengths, self.epoch[starts], self.n_titles)
+        return Observations(titles, scores, times, lengths, self.epoch[starts], self.n_titles, self.catalogue)
 
     def rows(self, rows: slice) -> "InteractionLog":
         """A part of the log; it must cut between users, or it is no legal log."""
@@ -124,6 +127,7 @@ class InteractionLog:
             "n_titles": self.n_titles,
             "bounded_scores": self.bounded_scores,
             "provenance": self.provenance,
+            "catalogue": None if self.catalogue is None else self.catalogue.to_json(),
         }
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
         with atomic_path(Path(path)) as temporary:
@@ -166,6 +170,7 @@ class InteractionLog:
             n_titles=about["n_titles"],
             bounded_scores=about["bounded_scores"],
             provenance=about["provenance"],
+            catalogue=None if about["catalogue"] is None else Catalogue.from_json(about["catalogue"]),
         )
 
 
@@ -199,7 +204,18 @@ def check_log(log: InteractionLog) -> None:
     if log.propensities is not None:
         illegal = ~((log.propensities > 0) & (log.propensities <= 1))
         _refuse(log, "propensities", illegal, "in (0, 1]")
+    _check_catalogue(log)
     _check_histories(log)
+
+
+def _check_catalogue(log: InteractionLog) -> None:
+    """One entry a title, and nothing watched before it was out."""
+    if log.catalogue is None:
+        return
+    if len(log.catalogue) != log.n_titles:
+        raise LogFormatError(f"the catalogue of a log must have its {log.n_titles} titles, got {len(log.catalogue)}")
+    early = log.catalogue.release[log.title] > log.epoch
+    _refuse(log, "title", early, "one that is out in the epoch of the event")
 
 
 def _check_histories(log: InteractionLog) -> None:
@@ -255,7 +271,7 @@ def _metadata(table: pa.Table, path: str | Path) -> dict[str, Any]:
         about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         version = about["schema_version"]
         if version == SCHEMA_VERSION:
-            return {key: about[key] for key in ("n_titles", "bounded_scores", "provenance")}
+            return {key: about[key] for key in ("n_titles", "bounded_scores", "provenance", "catalogue")}
     except (KeyError, TypeError, ValueError) as error:
         message = f"{path} is Parquet, but not a log of recsim_gr: its metadata is missing or foreign"
         raise LogFormatError(message) from error

@@ -6,6 +6,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from recsim_gr.catalogue import Catalogue
+
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 5.0
 """The scale of satisfaction, and of every score whose noise model keeps to it."""
 
@@ -21,6 +23,8 @@ class Observations:
         length: (n,) int64; how many of the L are real; the real ones come first.
         epoch: (n,) int64.
         n_titles: the size of the catalogue, I.
+        catalogue: what everyone may know of the titles, where it is known; titles that are not out yet in a context's
+            epoch cannot be chosen.
     """
 
     titles: NDArray[np.int64]
@@ -29,6 +33,7 @@ class Observations:
     length: NDArray[np.int64]
     epoch: NDArray[np.int64]
     n_titles: int
+    catalogue: Catalogue | None = None
 
     def __len__(self) -> int:
         return len(self.titles)
@@ -42,11 +47,18 @@ class Observations:
             length=self.length[rows],
             epoch=self.epoch[rows],
             n_titles=self.n_titles,
+            catalogue=self.catalogue,
         )
 
     def seen(self) -> NDArray[np.bool_]:
         """(n, I) bool: which titles are in the history, and so cannot be chosen again."""
         return seen_mask(self.titles, self.n_titles)
+
+    def unavailable(self) -> NDArray[np.bool_]:
+        """(n, I) bool: which titles cannot be chosen, since they were seen or are not out yet."""
+        if self.catalogue is None or not self.catalogue.has_releases:
+            return self.seen()
+        return self.seen() | self.catalogue.unreleased(self.epoch)
 
     def append(self, titles: NDArray[np.int64], scores: NDArray[np.float32], gap_hours: float) -> "Observations":
         """The contexts after one more event each: one column wider, the event after the last real one.
@@ -64,7 +76,9 @@ class Observations:
         wider_titles[rows, self.length] = titles
         wider_scores[rows, self.length] = scores
         wider_times[rows, self.length] = last + gap_hours
-        return Observations(wider_titles, wider_scores, wider_times, self.length + 1, self.epoch, self.n_titles)
+        return Observations(
+            wider_titles, wider_scores, wider_times, self.length + 1, self.epoch, self.n_titles, self.catalogue
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +90,14 @@ class Contexts:
         users: (n,) int64 user ids, for the world's own methods.
         next_titles: (n,) int64; the title that the user really chose next.
         next_scores: (n,) float32; the score it got.
+        next_times: (n,) float32; hours since the epoch began when it was chosen.
     """
 
     observations: Observations
     users: NDArray[np.int64]
     next_titles: NDArray[np.int64]
     next_scores: NDArray[np.float32]
+    next_times: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.users)

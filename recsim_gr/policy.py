@@ -23,19 +23,19 @@ class Policy(Protocol):
     """
 
     def log_probs(self, observations: Observations) -> NDArray[Any]:
-        """(n, I) log π(a | x), -inf for seen titles."""
+        """(n, I) log π(a | x), -inf for titles that are seen or not out yet."""
         ...
 
 
 class Truth(Protocol):
     """What a referee is handed: the part of a world that no agent may see."""
 
-    def satisfaction(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(n, I)."""
+    def worth(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n, I): the satisfaction that recommending a title brings."""
         ...
 
     def expected_score(self, users: NDArray[np.int64]) -> FloatArray:
-        """(n, I)."""
+        """(n, I): the score that recommending it brings, on average."""
         ...
 
 
@@ -45,7 +45,7 @@ class Referee(Protocol):
     referee: bool
 
     def true_scores(self, truth: Truth, users: NDArray[np.int64]) -> NDArray[Any]:
-        """(n, I): what it ranks by; it plays the best unseen title."""
+        """(n, I): what it ranks by; it plays the best title that can be chosen."""
         ...
 
 
@@ -58,15 +58,16 @@ def log_probs_of(policy: Any, observations: Observations, truth: Truth, users: N
     """(n, I) float64 log π(a | x) of an agent or a referee, checked and normalised.
 
     Raises:
-        PolicyError: wrong shape, NaN, weight on a seen title, or rows that do not sum to 1.
+        PolicyError: wrong shape, NaN, weight on a title that is seen or not out yet, or rows that do not sum to 1.
     """
     name = getattr(policy, "name", type(policy).__name__)
-    seen = observations.seen()
+    barred = observations.unavailable()
     if is_referee(policy):
         return _all_on_the_best(ranking_scores(policy, observations, truth, users))
-    log_probs = _checked(policy.log_probs(observations), seen, name)
-    if not np.isneginf(log_probs[seen]).all():
-        raise PolicyError(f"{name} puts weight on a title already seen; its log-probability must be -inf")
+    log_probs = _checked(policy.log_probs(observations), barred, name)
+    if not np.isneginf(log_probs[barred]).all():
+        what = "already seen" if not np.isneginf(log_probs[observations.seen()]).all() else "that is not out yet"
+        raise PolicyError(f"{name} puts weight on a title {what}; its log-probability must be -inf")
     total = np.exp(log_probs).sum(axis=1)
     if np.abs(total - 1.0).max() > TOLERANCE:
         worst = total[np.argmax(np.abs(total - 1.0))]
@@ -81,7 +82,7 @@ def ranking_scores(
     users: NDArray[np.int64],
     log_probs: FloatArray | None = None,
 ) -> FloatArray:
-    """(n, I) float64: what a policy ranks by, -inf for seen titles.
+    """(n, I) float64: what a policy ranks by, -inf for titles that are seen or not out yet.
 
     ``log_probs`` of the same observations, where they are known already, save a policy that ranks by them
     (``ranks_by_log_probs``) from answering twice.
@@ -90,7 +91,7 @@ def ranking_scores(
         PolicyError: wrong shape or NaN.
     """
     name = getattr(policy, "name", type(policy).__name__)
-    seen = observations.seen()
+    barred = observations.unavailable()
     if is_referee(policy):
         raw = policy.true_scores(truth, users)
     elif log_probs is not None and getattr(policy, "ranks_by_log_probs", not hasattr(policy, "scores")):
@@ -98,15 +99,15 @@ def ranking_scores(
     else:
         raw = getattr(policy, "scores", policy.log_probs)(observations)
     # a title that the policy itself rules out still ranks above those already seen, which cannot be recommended
-    scores = np.maximum(_checked(raw, seen, name), np.finfo(np.float64).min)
-    scores[seen] = -np.inf
+    scores = np.maximum(_checked(raw, barred, name), np.finfo(np.float64).min)
+    scores[barred] = -np.inf
     return scores
 
 
-def _checked(values: NDArray[Any], seen: NDArray[np.bool_], name: str) -> FloatArray:
+def _checked(values: NDArray[Any], barred: NDArray[np.bool_], name: str) -> FloatArray:
     array = np.asarray(values, dtype=np.float64)
-    if array.shape != seen.shape:
-        raise PolicyError(f"{name} answered with shape {array.shape}; (contexts, titles) is {seen.shape}")
+    if array.shape != barred.shape:
+        raise PolicyError(f"{name} answered with shape {array.shape}; (contexts, titles) is {barred.shape}")
     if np.isnan(array).any():
         raise PolicyError(f"{name} answered with NaN in row {int(np.isnan(array).any(axis=1).argmax())}")
     return array

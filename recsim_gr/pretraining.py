@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
 from recsim_gr.log import InteractionLog
 from recsim_gr.randomness import derived_seed
 from recsim_gr.training import (
@@ -65,7 +66,7 @@ def pretrain_with_record(
         config = replace(config, max_length=train_histories.longest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "backbone"))
-        backbone = HSTU(config, log.n_titles)
+        backbone = HSTU(config, log.n_titles, title_metadata(log, config))
 
     def loss(batch: Batch) -> torch.Tensor:
         return imitation_loss(backbone, batch)
@@ -81,6 +82,16 @@ def pretrain_with_record(
         after_check,
     )
     return backbone, record
+
+
+def title_metadata(log: InteractionLog, config: HSTUConfig) -> TitleMetadata | None:
+    """What represents the titles of a log beside their own embeddings, where the config wants it."""
+    catalogue = log.catalogue
+    if config.metadata == "never" or catalogue is None:
+        return None
+    if config.metadata == "when_cold" and not catalogue.has_releases:
+        return None
+    return TitleMetadata(catalogue, np.bincount(log.title, minlength=log.n_titles) > 0, config)
 
 
 def imitation_loss(backbone: HSTU, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:

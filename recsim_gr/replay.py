@@ -20,11 +20,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import csv
 
+from recsim_gr.behaviour import SPLITS, BehaviourConfig, FloatArray, Users, require_room
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError, DataFileError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world import SPLITS, BehaviourConfig, FloatArray, Users, WorldBase
+from recsim_gr.world_base import WorldBase
 
 # ----------------------------------------------------------------------------------------------- rating files
 
@@ -337,6 +338,10 @@ class ReplayConfig(BehaviourConfig):
         return float(getattr(self, f"{split}_share"))
 
 
+DIRECTIONS = 8
+"""Dimensions of likeness between real titles (``order_effect``): as many as a simulated world's tastes."""
+
+
 class ReplayWorld(WorldBase):
     """A world of real users: real satisfaction, synthetic choices.
 
@@ -365,12 +370,7 @@ class ReplayWorld(WorldBase):
                 "give the file that the config was made with, or an empty sha256"
             )
         self.config = replace(config, sha256=self.matrix.sha256)
-        require(
-            config.history_length < self.n_titles,
-            config,
-            "history_length",
-            f"smaller than the catalogue ({self.n_titles} titles), since no title is seen twice",
-        )
+        require_room(config, self.n_titles)
         self._members = self._split_users()
         self._place = np.empty(len(self.matrix.satisfaction), dtype=np.int64)  # of each user within its split
         self._split = np.full(len(self._place), -1, dtype=np.int64)
@@ -414,6 +414,14 @@ class ReplayWorld(WorldBase):
     def durations(self) -> FloatArray:
         """(I,) minutes: the data's own where they have them."""
         return super().durations if self.matrix.durations is None else self.matrix.durations
+
+    @cached_property
+    def directions(self) -> FloatArray:
+        """(I, d): titles are alike that the same users like, by the leading right singular vectors of `standardised`,
+        each title's scaled to length 1."""
+        _, strength, right = np.linalg.svd(self.standardised.astype(np.float64), full_matrices=False)
+        vectors = (strength[:DIRECTIONS, None] * right[:DIRECTIONS]).T
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
 
     @cached_property
     def standardised(self) -> NDArray[np.float32]:

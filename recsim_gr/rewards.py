@@ -89,7 +89,7 @@ class ScoreHead(nn.Module):
 
     def title_side(self, backbone: HSTU) -> tuple[Tensor, Tensor]:
         """(I, d + 1) vectors and (I,) biases of the titles."""
-        vectors = nn.functional.normalize(backbone.titles, dim=-1) * EMBEDDING_SCALE
+        vectors = nn.functional.normalize(backbone.title_vectors(), dim=-1) * EMBEDDING_SCALE
         return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1), self.title
 
     def all_titles(self, states: Tensor, backbone: HSTU) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsim_gr import metrics
-from recsim_gr.noise import RewardNoise, Scores
+from recsim_gr.noise import Scores
 from recsim_gr.observations import Contexts, Observations
 from recsim_gr.policy import Truth, log_probs_of, ranking_scores
 from recsim_gr.randomness import uniforms
@@ -30,9 +30,15 @@ class WorldTruth(Truth, Protocol):
     """What scoring asks of a world beside the truth."""
 
     @property
-    def noise(self) -> RewardNoise: ...
+    def uniforms_per_exposure(self) -> int: ...
 
-    def logging_log_probs(self, users: NDArray[np.int64], histories: NDArray[np.int64]) -> FloatArray: ...
+    def logging_log_probs(
+        self,
+        users: NDArray[np.int64],
+        histories: NDArray[np.int64],
+        times: NDArray[Any] | None = None,
+        now: NDArray[Any] | None = None,
+    ) -> FloatArray: ...
 
     def sample_scores(self, users: NDArray[np.int64], titles: NDArray[np.int64], u: FloatArray) -> Scores: ...
 
@@ -95,6 +101,20 @@ METRICS = {
 }
 """What each figure of an `Evaluation` is."""
 
+COLD_METRICS = {
+    "cold_available": "share of the titles that can be chosen that are cold: came out in the context's own epoch",
+    "cold_top10": "share of cold titles in the top-ten lists",
+    "value_top10_warm": "mean true satisfaction of the policy's ten first warm titles",
+    "value_top10_cold": "mean true satisfaction of the policy's ten first cold titles",
+    "ndcg10_warm": "NDCG@10 among all titles, users whose next title is warm",
+    "hr10_warm": "hit rate @10, the same users",
+    "mrr_warm": "mean reciprocal rank, the same users",
+    "ndcg10_cold": "NDCG@10 among all titles, users whose next title is cold",
+    "hr10_cold": "hit rate @10, the same users",
+    "mrr_cold": "mean reciprocal rank, the same users",
+}
+"""Further figures, given where titles come out over time."""
+
 
 class Answer(NamedTuple):
     """A policy's answer on a batch: (n, I) log-probabilities and ranking scores."""
@@ -126,14 +146,14 @@ class Examination:
     ) -> None:
         self.world, self.contexts, self.judge, self.seed = world, contexts, judge, seed
         self.rollouts = min(rollout_contexts, len(contexts))
-        unseen = int((~contexts.observations.seen()).sum(axis=1).min())
+        unseen = int((~contexts.observations.unavailable()).sum(axis=1).min())
         self.listed, self.rollout_steps = min(TOP_K, unseen), min(ROLLOUT_STEPS, unseen)
         self.reference = None if reference is None else self._answer(reference).log_probs
 
     @cached_property
     def satisfaction(self) -> FloatArray:
-        """(n, I)."""
-        return self.world.satisfaction(self.contexts.users).astype(np.float64)
+        """(n, I): what recommending a title is truly worth."""
+        return self.world.worth(self.contexts.users).astype(np.float64)
 
     @cached_property
     def expected_score(self) -> FloatArray:
@@ -143,7 +163,18 @@ class Examination:
     @cached_property
     def logging(self) -> FloatArray:
         """(n, I) log-propensities of the logging policy."""
-        return self.world.logging_log_probs(self.contexts.users, self.contexts.observations.titles)
+        seen = self.contexts.observations
+        return self.world.logging_log_probs(self.contexts.users, seen.titles, seen.times, self.contexts.next_times)
+
+    @cached_property
+    def cold(self) -> NDArray[np.bool_] | None:
+        """(n, I): the titles that came out in the context's own epoch, which no user of an earlier one has seen; None
+        where there are none."""
+        seen = self.contexts.observations
+        if seen.catalogue is None or not seen.catalogue.has_releases:
+            return None
+        release = np.maximum(seen.catalogue.release, -1)
+        return (release == seen.epoch[:, None]) & (release > 0)
 
     def evaluate(self, policy: Any) -> Evaluation:
         """Scores one agent or referee.
@@ -155,6 +186,8 @@ class Examination:
         top = metrics.top_k(answer.scores, self.listed)
         per_context = np.take_along_axis(self.satisfaction, top, axis=1).mean(axis=1)
         figures = self._values(answer, top) | self._support(answer, top) | self._offline(answer)
+        if self.cold is not None:
+            figures |= self._warm_and_cold(answer, top, self.cold)
         if self.judge is not None:
             figures |= self._returns(policy, answer)
         return Evaluation(figures, per_context)
@@ -166,7 +199,7 @@ class Examination:
 
     def _values(self, answer: Answer, top: NDArray[np.int64]) -> dict[str, float]:
         probabilities = np.exp(answer.log_probs)
-        unseen = np.where(self.contexts.observations.seen(), -np.inf, self.satisfaction)
+        unseen = np.where(self.contexts.observations.unavailable(), -np.inf, self.satisfaction)
         best = np.take_along_axis(unseen, metrics.top_k(unseen, self.listed), axis=1)
         figures: dict[str, float] = {}
         for name, truth in (("value", self.satisfaction), ("score_value", self.expected_score)):
@@ -218,6 +251,30 @@ class Examination:
                 figures[name + suffix] = float((weight * values).sum() / total) if total > 0 else float("nan")
         return figures
 
+    def _warm_and_cold(self, answer: Answer, top: NDArray[np.int64], cold: NDArray[np.bool_]) -> dict[str, float]:
+        """The headline and the offline metrics among warm and among cold titles alone."""
+        barred = self.contexts.observations.unavailable()
+        next_titles = self.contexts.next_titles[:, None]
+        ranks = metrics.rank_of(answer.scores, next_titles[:, 0])
+        next_cold = np.take_along_axis(cold, next_titles, axis=1)[:, 0]
+        figures = {
+            "cold_available": float((cold & ~barred).sum() / (~barred).sum()),
+            "cold_top10": float(np.take_along_axis(cold, top, axis=1).mean()),
+        }
+        for name, group, users in (("warm", ~cold, ~next_cold), ("cold", cold, next_cold)):
+            there = group & ~barred
+            listed = min(TOP_K, int(there.sum(axis=1).min()))
+            best = metrics.top_k(np.where(there, answer.scores, -np.inf), listed)
+            value = np.take_along_axis(self.satisfaction, best, axis=1)
+            figures[f"value_top10_{name}"] = float(value.mean()) if listed else float("nan")
+            for metric, values in (
+                ("ndcg10", metrics.ndcg(ranks, TOP_K)),
+                ("hr10", metrics.hit_rate(ranks, TOP_K)),
+                ("mrr", metrics.reciprocal_rank(ranks)),
+            ):
+                figures[f"{metric}_{name}"] = float(values[users].mean()) if users.any() else float("nan")
+        return figures
+
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def _returns(self, policy: Any, first: Answer) -> dict[str, float]:
@@ -239,7 +296,7 @@ class Examination:
     @cached_property
     def _rollout_uniforms(self) -> FloatArray:
         """(n, steps, 1 + per event): the choice of each step, and the noise of its score; the same for all agents."""
-        n = 1 + self.world.noise.uniforms_per_event
+        n = 1 + self.world.uniforms_per_exposure
         users = self.contexts.users[: self.rollouts]
         return uniforms(self.seed, "rollouts", users, ROLLOUT_STEPS * n).reshape(-1, ROLLOUT_STEPS, n)
 

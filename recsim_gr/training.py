@@ -22,7 +22,7 @@ from recsim_gr.observations import Observations
 from recsim_gr.randomness import derived_seed, generator
 
 MASKED = -1e9
-"""Added to the logits of seen titles: exp of it is exactly 0 in float32, and its gradient too."""
+"""Added to the logits of titles that are seen or not out yet: exp of it is exactly 0 in float32, its gradient too."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Batch(NamedTuple):
         titles: (B, T) int64, padding n_titles.
         scores, times: (B, T) float32.
         valid: (B, T) bool, false on padding.
+        unreleased: (B, I) bool, the titles that are not out yet; None where all are.
     """
 
     rows: Tensor
@@ -103,6 +104,7 @@ class Batch(NamedTuple):
     scores: Tensor
     times: Tensor
     valid: Tensor
+    unreleased: Tensor | None = None
 
 
 class Histories:
@@ -134,7 +136,11 @@ class Histories:
 
     def batch(self, rows: Tensor) -> Batch:
         """The histories at ``rows``."""
-        return Batch(rows, self.titles[rows], self.scores[rows], self.times[rows], self.valid[rows])
+        unreleased = None
+        catalogue = self.observations.catalogue
+        if catalogue is not None and catalogue.has_releases:
+            unreleased = torch.from_numpy(catalogue.unreleased(self.observations.epoch[rows.numpy()]))
+        return Batch(rows, self.titles[rows], self.scores[rows], self.times[rows], self.valid[rows], unreleased)
 
     def chunks(self, users: int = 256) -> Iterator[Batch]:
         """All histories in order, ``users`` at a time."""
@@ -155,21 +161,22 @@ def prefix_states(backbone: HSTU, batch: Batch) -> Tensor:
     return backbone.encode(batch.titles[:, :-1], batch.scores[:, :-1], batch.times[:, :-1])
 
 
-def prefix_mask(titles: Tensor, n_titles: int) -> Tensor:
-    """(B, T, I) float32: `MASKED` where a title stands among the first t events, 0 elsewhere."""
-    steps = titles.shape[1]
+def prefix_mask(batch: Batch, n_titles: int) -> Tensor:
+    """(B, T, I) float32: `MASKED` where a title stands among the first t events or is not out yet, 0 elsewhere."""
+    titles, steps = batch.titles, batch.titles.shape[1]
     order = torch.arange(steps, dtype=torch.float32)
     seen_at = torch.full((len(titles), n_titles + 1), float(steps))
     seen_at.scatter_(1, titles, order.expand(titles.shape))
     # t - seen_at is 1 or more where a title was seen before t; arithmetic on floats in place is twelve times as fast
     # here as a comparison of integers that broadcasts
-    return (order[:, None] - seen_at[:, None, :n_titles]).clamp_(0.0, 1.0).mul_(MASKED)
+    mask = (order[:, None] - seen_at[:, None, :n_titles]).clamp_(0.0, 1.0).mul_(MASKED)
+    return mask if batch.unreleased is None else mask.masked_fill_(batch.unreleased[:, None], MASKED)
 
 
 def prefix_logits(backbone: HSTU, batch: Batch, states: Tensor | None = None) -> Tensor:
-    """(B, T, I): logits of every title before each event, seen titles at `MASKED`."""
+    """(B, T, I): logits of every title before each event, `MASKED` where seen or not out yet."""
     states = prefix_states(backbone, batch) if states is None else states
-    mask = prefix_mask(batch.titles, backbone.n_titles)
+    mask = prefix_mask(batch, backbone.n_titles)
     # one flat product, which adds the mask in its own pass over memory
     flat = torch.addmm(mask.flatten(0, 1), states.flatten(0, 1), backbone.title_directions().T)
     return flat.view(mask.shape)

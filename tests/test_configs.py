@@ -162,9 +162,11 @@ def test_every_field_changes_the_id() -> None:
     for field in fields(WorldConfig):
         value = getattr(WorldConfig(), field.name)
         if isinstance(value, str):
-            changes[field.name] = "gaussian"
+            changes[field.name] = {"noise_model": "gaussian", "sampler": "stepwise"}[field.name]
+        elif isinstance(value, bool):
+            changes[field.name] = not value
         else:
-            changes[field.name] = value + 1 if isinstance(value, int) else value / 2
+            changes[field.name] = value + 1 if isinstance(value, int) else value / 2 or 0.25
     ids = [config_id(replace(WorldConfig(), **{name: value})) for name, value in changes.items()]
     assert len({config_id(WorldConfig()), *ids}) == len(ids) + 1
 

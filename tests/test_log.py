@@ -348,6 +348,7 @@ def test_the_file_holds_the_documented_columns_and_its_origin(tmp_path: Path) ->
             "n_titles": 5,
             "bounded_scores": True,
             "provenance": {"world": "by hand"},
+            "catalogue": None,
         }
 
 
@@ -438,7 +439,7 @@ def with_metadata(metadata: dict[bytes, bytes] | None) -> Callable[[pa.Table], p
         {b"recsim_gr": b'"text"'},
         {b"recsim_gr": b"null"},
         {b"recsim_gr": b'{"n_titles": 5}'},
-        {b"recsim_gr": b'{"schema_version": 1, "n_titles": 5}'},
+        {b"recsim_gr": b'{"schema_version": 2, "n_titles": 5}'},
     ],
 )
 def test_foreign_parquet_is_refused(written: Path, metadata: dict[bytes, bytes] | None) -> None:

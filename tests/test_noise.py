@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import integrate
+from scipy.special import ndtri
 
 from recsim_gr.errors import ConfigError, UnknownNameError
-from recsim_gr.noise import NOISE_MODELS, GaussianNoise, RewardNoise, Scores, WatchTimeNoise, noise_model
+from recsim_gr.noise import (
+    NOISE_MODELS,
+    Exposure,
+    GaussianNoise,
+    RewardNoise,
+    Scores,
+    WatchTimeNoise,
+    noise_model,
+)
 from recsim_gr.randomness import uniforms
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -35,11 +44,21 @@ def events(model: RewardNoise, n: int = EVENTS) -> FloatArray:
 
 def sample(model: RewardNoise, s: float, free_time: float, duration: float, n: int = EVENTS) -> Scores:
     """n events of one user with one title."""
-    return model.sample(np.array(s), np.array(free_time), np.array(duration), events(model, n))
+    return model.sample(facts(s, free_time, duration, n), events(model, n))
+
+
+ALLURE = 0.3
+
+
+def facts(s: object, free_time: object, duration: object, n: int = 0) -> Exposure:
+    """Exposures to a title of some allure, with n moods of their own (0: the mood is left out)."""
+    mood = ndtri(uniforms(0, "mood", np.arange(n), 1)[:, 0]) if n else np.zeros(())
+    satisfaction, minutes, length = (np.asarray(x, dtype=np.float64) for x in (s, free_time, duration))
+    return Exposure(satisfaction, minutes, length, np.array(ALLURE), mood)
 
 
 def expected(model: RewardNoise, s: float, free_time: float, duration: float) -> float:
-    return float(model.expected(np.array(s), np.array(free_time), np.array(duration)))
+    return float(model.expected(facts(s, free_time, duration)))
 
 
 # ------------------------------------------------------------------------------------- every registered model
@@ -64,7 +83,7 @@ def test_samples_keep_to_their_ranges(name: str, dial: float, s: float, free_tim
     model = noise_model(name, dial)
     u = events(model, 500)
     u[0], u[1] = 2.0**-54, 1.0 - 2.0**-53  # the ends of what `uniforms` can return
-    drawn = model.sample(np.array(s), np.array(free_time), np.array(duration), u)
+    drawn = model.sample(facts(s, free_time, duration, 500), u)
     assert drawn.score.shape == drawn.watched.shape == drawn.exogenous.shape == (500,)
     assert drawn.exogenous.dtype == bool
     assert np.isfinite(drawn.score).all()
@@ -85,13 +104,13 @@ def test_what_is_exogenous_at_one_dial_is_so_at_every_higher_one(name: str, one:
 def test_dial_0_is_all_but_the_truth(name: str) -> None:
     model = noise_model(name, 0.0)
     truth = 1.0 + 4.0 * uniforms(1, "truth", np.arange(EVENTS), 1)[:, 0]
-    drawn = model.sample(truth, np.array(40.0), np.array(40.0), events(model))
+    drawn = model.sample(facts(truth, 40.0, 40.0, EVENTS), events(model))
     # The most noise that "all but" may mean is watch time's: 5 % of a fraction uniform on [0, 1] has a root
     # mean square of .05·4·sqrt(1/3) = .115 on the scale of scores.
     assert np.sqrt(np.mean((drawn.score - truth) ** 2)) < 0.12
     assert np.corrcoef(drawn.score, truth)[0, 1] ** 2 > 0.98
     assert not drawn.exogenous.any()
-    mean = model.expected(truth, np.array(40.0), np.array(40.0))
+    mean = model.expected(facts(truth, 40.0, 40.0))
     # cutting at 1 costs the most at satisfaction 5, where half of the factors are cut: 4·.05·φ(0) = .080
     assert np.abs(mean - truth).max() < 0.081
 
@@ -102,7 +121,8 @@ def test_more_dial_is_less_signal(name: str) -> None:
     signal = []
     for dial in (0.0, 0.25, 0.5, 0.75, 1.0):
         model = noise_model(name, dial)
-        score = model.sample(truth, np.array(40.0), np.array(40.0), events(model)).score
+        allure = ndtri(uniforms(0, "allure", np.arange(EVENTS), 1)[:, 0])  # each event a title of its own
+        score = model.sample(facts(truth, 40.0, 40.0, EVENTS)._replace(allure=allure), events(model)).score
         signal.append(np.corrcoef(score, truth)[0, 1] ** 2)
     assert all(above > below for above, below in itertools.pairwise(signal))
     # scores of dial 1: nothing under watch time; 1.33 of 1.33 + 16 = 8 % under Gaussian noise
@@ -116,8 +136,11 @@ def test_events_do_not_know_of_each_other(name: str, dial: float, seed: int) -> 
     model, rng = noise_model(name, dial), np.random.default_rng(seed)
     s, free_time, duration = 1.0 + 4.0 * rng.random(30), 40.0 * rng.random(30) + 1, 90.0 * rng.random(30) + 1
     u, order = events(model, 30), rng.permutation(30)
-    drawn = model.sample(s, free_time, duration, u)
-    shuffled = model.sample(s[order], free_time[order], duration[order], u[order])
+    moods = facts(s, free_time, duration, 30).mood
+    exposure = Exposure(s, free_time, duration, np.array(ALLURE), moods)
+    drawn = model.sample(exposure, u)
+    again = Exposure(s[order], free_time[order], duration[order], np.array(ALLURE), moods[order])
+    shuffled = model.sample(again, u[order])
     for one, other in zip(drawn, shuffled, strict=True):
         np.testing.assert_array_equal(one[order], other)
 
@@ -126,18 +149,18 @@ def test_events_do_not_know_of_each_other(name: str, dial: float, seed: int) -> 
 def test_arguments_broadcast(name: str) -> None:
     model = noise_model(name, 0.5)
     s, free_time, duration = np.full((3, 4), 2.0), np.arange(1.0, 4.0)[:, None], np.arange(1.0, 5.0)
-    whole = model.expected(s, free_time, duration)
+    whole = model.expected(facts(s, free_time, duration))
     assert whole.shape == (3, 4)
     assert whole[2, 1] == pytest.approx(expected(model, 2.0, 3.0, 2.0), rel=1e-12)
-    assert model.expected(np.array(2.0), free_time, duration).shape == (3, 4)
-    drawn = model.sample(s, free_time, duration, events(model, 12).reshape(3, 4, -1))
+    assert model.expected(facts(2.0, free_time, duration)).shape == (3, 4)
+    drawn = model.sample(facts(s, free_time, duration), events(model, 12).reshape(3, 4, -1))
     assert drawn.score.shape == drawn.watched.shape == drawn.exogenous.shape == (3, 4)
 
 
 @models
 def test_the_expected_score_is_a_fresh_array(name: str) -> None:
     truth = np.full(3, 2.0)
-    noise_model(name, 0.5).expected(truth, np.array(1.0), np.array(1.0))[:] = 0.0
+    noise_model(name, 0.5).expected(facts(truth, 1.0, 1.0))[:] = 0.0
     assert truth.tolist() == [2.0, 2.0, 2.0]
 
 
@@ -196,7 +219,7 @@ def test_watch_time_by_hand() -> None:
     # One event: u = (.9, .5, ·) is ordinary at dial .5 with factor exp(0) = 1, so the score is s itself.
     # u = (.1, ·, 1 − 1/e) is exogenous: T = τ, and half of a title of 2τ is watched: 1 + 4/2 = 3.
     u = np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 1.0 - math.exp(-1.0)]])
-    drawn = WatchTimeNoise(dial=0.5).sample(np.array(2.0), np.array(30.0), np.array(60.0), u)
+    drawn = WatchTimeNoise(dial=0.5).sample(facts(2.0, 30.0, 60.0), u)
     assert drawn.exogenous.tolist() == [False, True]
     np.testing.assert_allclose(drawn.score, [2.0, 3.0], rtol=1e-12)
     np.testing.assert_allclose(drawn.watched, [0.25, 0.5], rtol=1e-12)
@@ -271,7 +294,7 @@ def test_gaussian_noise_is_unbiased_with_deviation_dial_times_scale(dial: float,
 def test_gaussian_noise_by_hand() -> None:
     # z of u = .975 is 1.959964; dial .5, scale 4: 3 + 2·1.959964 = 6.919928, past the end, so all is watched
     u = np.array([[0.5, 0.975, 0.5], [0.5, 0.5, 0.5]])
-    drawn = GaussianNoise(dial=0.5).sample(np.array(3.0), np.array(1.0), np.array(1.0), u)
+    drawn = GaussianNoise(dial=0.5).sample(facts(3.0, 1.0, 1.0), u)
     np.testing.assert_allclose(drawn.score, [6.919928, 3.0], atol=1e-6)
     np.testing.assert_allclose(drawn.watched, [1.0, 0.5])
     assert not drawn.exogenous.any()

@@ -120,7 +120,7 @@ def test_rows_are_observations(batch: Observations, data: st.DataObject) -> None
 def test_observations_and_contexts_are_frozen() -> None:
     empty, zero = np.zeros((1, 0), dtype=np.float32), np.zeros(1, dtype=np.int64)
     batch = Observations(empty.astype(np.int64), empty, empty, zero, zero, n_titles=1)
-    contexts = Contexts(batch, np.array([7]), np.array([0]), np.array([3.0], dtype=np.float32))
+    contexts = Contexts(batch, np.array([7]), np.array([0]), np.array([3.0], dtype=np.float32), zero.astype(np.float32))
     assert len(contexts) == len(batch) == 1
     with pytest.raises(FrozenInstanceError):
         batch.n_titles = 2  # type: ignore[misc]

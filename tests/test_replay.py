@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsim_gr.behaviour import SPLITS
 from recsim_gr.configs import config_id, from_dict, to_dict
 from recsim_gr.errors import ConfigError, DataFileError
 from recsim_gr.replay import KNOWN_FILES, RatingMatrix, ReplayConfig, ReplayWorld, load_matrix
-from recsim_gr.world import SPLITS
 
 REAL_DATA = Path(os.environ.get("RECSIM_GR_DATA") or Path(__file__).parents[2] / "shared" / "realdata")
 

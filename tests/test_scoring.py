@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from recsim_gr.agents import Oracle, ScoreOracle
 from recsim_gr.errors import PolicyError
 from recsim_gr.metrics import top_k
-from recsim_gr.noise import RewardNoise, Scores, WatchTimeNoise
+from recsim_gr.noise import Scores, WatchTimeNoise
 from recsim_gr.observations import Contexts, Observations
 from recsim_gr.policy import ranking_scores
 from recsim_gr.scoring import METRICS, Examination, discounted_mean, evaluate, sample_titles
@@ -32,22 +32,22 @@ class Table:
         self.truth, self.scores = np.array(satisfaction, dtype=np.float64), np.array(expected, dtype=np.float64)
         self.asked = 0
 
-    @property
-    def noise(self) -> RewardNoise:
-        return WatchTimeNoise(dial=0.0)
+    uniforms_per_exposure = WatchTimeNoise.uniforms_per_event
 
-    def satisfaction(self, users: Users) -> NDArray[np.float32]:
+    def worth(self, users: Users) -> NDArray[np.float32]:
         self.asked += 1
         return self.truth[users].astype(np.float32)
 
     def expected_score(self, users: Users) -> FloatArray:
         return self.scores[users]
 
-    def logging_log_probs(self, users: Users, histories: NDArray[np.int64]) -> FloatArray:
+    def logging_log_probs(
+        self, users: Users, histories: NDArray[np.int64], times: Any = None, now: Any = None
+    ) -> FloatArray:
         return masked_softmax(np.zeros((len(users), self.truth.shape[1])), histories)
 
     def sample_scores(self, users: Users, titles: NDArray[np.int64], u: FloatArray) -> Scores:
-        assert u.shape == (len(users), self.noise.uniforms_per_event)
+        assert u.shape == (len(users), self.uniforms_per_exposure)
         score = self.scores[users, titles] + u[:, -1]
         return Scores(score, np.ones(len(users)), np.zeros(len(users), dtype=bool))
 
@@ -105,6 +105,7 @@ def contexts_of(
         np.arange(shape[0]),
         np.array(unseen if next_titles is None else next_titles),
         np.linspace(1, 5, shape[0]).astype(np.float32) if next_scores is None else np.array(next_scores, np.float32),
+        np.full(shape[0], shape[1], dtype=np.float32),
     )
 
 
@@ -489,7 +490,7 @@ def test_a_policy_sees_observations_and_nothing_else() -> None:
         (observations,) = arguments
         assert type(observations) is Observations
         held = {field.name: getattr(observations, field.name) for field in fields(observations)}
-        assert set(held) == {"titles", "scores", "times", "length", "epoch", "n_titles"}
+        assert set(held) == {"titles", "scores", "times", "length", "epoch", "n_titles", "catalogue"}
         for name, value in held.items():
             if name != "n_titles":
                 assert type(value) is np.ndarray

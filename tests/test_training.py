@@ -108,7 +108,7 @@ def test_histories_are_rows_with_padding_behind() -> None:
 @given(ragged())
 def test_the_mask_stands_on_what_was_seen_and_nowhere_else(drawn: tuple[list[list[int]], int]) -> None:
     histories, n_titles = drawn
-    mask = prefix_mask(Histories(log_of(histories, n_titles)).titles, n_titles)
+    mask = prefix_mask(next(Histories(log_of(histories, n_titles)).chunks()), n_titles)
     for row, history in enumerate(histories):
         for step in range(len(history)):
             seen = [title in history[:step] for title in range(n_titles)]
@@ -118,7 +118,7 @@ def test_the_mask_stands_on_what_was_seen_and_nowhere_else(drawn: tuple[list[lis
 
 def test_the_mask_counts_beyond_127_events() -> None:
     order = np.random.default_rng(0).permutation(140)
-    mask = prefix_mask(torch.from_numpy(order)[None], 140)[0] < 0
+    mask = prefix_mask(next(Histories(log_of([order.tolist()], 140)).chunks()), 140)[0] < 0
     assert mask.sum(dim=1).tolist() == list(range(140))
     assert all(mask[step, order[:step]].all() for step in range(140))
 
@@ -131,7 +131,7 @@ def test_seen_titles_have_probability_zero_at_every_prefix(drawn: tuple[list[lis
     backbone = backbone_for(n_titles, seed)
     logits = prefix_logits(backbone, batch)
     probabilities = torch.softmax(logits, dim=-1)
-    seen = prefix_mask(batch.titles, n_titles) < 0
+    seen = prefix_mask(batch, n_titles) < 0
     assert (probabilities[seen] == 0.0).all()
     assert (probabilities[~seen & batch.valid[..., None]] > 0.0).all()
     (gradient,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), logits)

@@ -571,7 +571,7 @@ def test_pairs_are_those_that_the_ensemble_is_sure_of(
     }
     extra = {name: problem_of(agent, ragged, parts)[0].extra for name, agent in agents.items()}
     batch = next(Histories(ragged).chunks())
-    seen_before = prefix_mask(batch.titles, 30) < 0
+    seen_before = prefix_mask(batch, 30) < 0
     for name, width in (("sure", 1.0), ("surer", 4.0), ("literal", -1.0)):
         titles, kept = extra[name]["titles"], extra[name]["kept"]
         assert not kept[~batch.valid].any()

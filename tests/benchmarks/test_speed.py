@@ -91,7 +91,7 @@ def test_a_step_of_imitation_and_its_parts(histories: Histories, backbone: HSTU)
     whole = best_milliseconds(step)
     encode = best_milliseconds(lambda: prefix_states(backbone, batch))
     logits = best_milliseconds(lambda: chosen_log_probs(prefix_logits(backbone, batch), batch))
-    mask = best_milliseconds(lambda: prefix_mask(batch.titles, 200))
+    mask = best_milliseconds(lambda: prefix_mask(batch, 200))
     tokens = batch.titles.numel() / whole
     print(
         f"\nstep {whole:.1f} ms = {tokens:.0f} k tokens/s; forward: states {encode:.1f}, with logits {logits:.1f}, "
