@@ -491,8 +491,9 @@ def test_a_policy_sees_observations_and_nothing_else() -> None:
         assert type(observations) is Observations
         held = {field.name: getattr(observations, field.name) for field in fields(observations)}
         assert set(held) == {"titles", "scores", "times", "length", "epoch", "n_titles", "catalogue"}
+        assert observations.catalogue is None or len(observations.catalogue) == 12  # one entry a title, none a user
         for name, value in held.items():
-            if name != "n_titles":
+            if name not in ("n_titles", "catalogue"):
                 assert type(value) is np.ndarray
                 assert value.base is None or type(value.base) is np.ndarray
                 assert value.shape[0] == 5
