@@ -1,12 +1,14 @@
 """What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
 
+import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from recsim_gr import configs
 from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.behaviour import BehaviourConfig
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError
 from recsim_gr.log import InteractionLog
@@ -40,6 +42,8 @@ class ExperimentConfig:
     n_titles: int = 200
     """Of a simulated world; a replayed one has its own."""
     history_length: int = 20
+    world_options: tuple[str, ...] = ()
+    """Further fields of the world's config, each as ``name=value``: ``cold_share=0.2``, ``order_effect=1``, …"""
     n_users: int = 4_000
     """Training users, at most as many as a replayed world has."""
     validation_users: int = 600
@@ -79,6 +83,7 @@ class ExperimentConfig:
         )
         for name in ("n_users", "validation_users", "judge_users", "test_contexts", "rollout_contexts"):
             require(getattr(self, name) >= 2, self, name, "at least 2")
+        _parsed(self.world_options, ReplayConfig if self.world == "replay" else WorldConfig)
         if self.world == "replay" and not self.data:
             raise ConfigError("a replayed world needs its matrix: --data PATH of an npz file")
         if self.world == "simulated" and self.data:
@@ -99,8 +104,34 @@ def build_world(config: ExperimentConfig, noise: float, seed: int) -> WorldBase:
         "seed": seed,
     }
     if config.world == "replay":
-        return ReplayWorld(ReplayConfig(path=config.data, **shared))
-    return World(WorldConfig(n_titles=config.n_titles, **shared))
+        options = _parsed(config.world_options, ReplayConfig)
+        return ReplayWorld(ReplayConfig(path=config.data, **shared, **options))
+    return World(WorldConfig(n_titles=config.n_titles, **shared, **_parsed(config.world_options, WorldConfig)))
+
+
+SUITE_FIELDS = frozenset({"n_titles", "history_length", "noise_model", "reward_noise", "seed", "path", "sha256"})
+"""Fields of a world's config that a suite sets by options of its own."""
+
+
+def _parsed(options: tuple[str, ...], kind: type[BehaviourConfig]) -> dict[str, Any]:
+    """``name=value`` texts as fields of a world's config.
+
+    Raises:
+        ConfigError: not of that form, an unknown field, one that the suite sets itself, or one given twice.
+    """
+    kinds = {f.name: f.type for f in fields(kind) if f.name not in SUITE_FIELDS}
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = str(option).partition("=")
+        if not equals or name not in kinds:
+            raise ConfigError(f"world option {option!r}: must be name=value, with a name of {', '.join(sorted(kinds))}")
+        if name in parsed:
+            raise ConfigError(f"world option {name!r} is given twice")
+        try:
+            parsed[name] = value if kinds[name] in (str, "str") else json.loads(value.lower())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"world option {option!r}: {value!r} is no number, true or false") from error
+    return parsed
 
 
 def experiment_identity(config: ExperimentConfig) -> dict[str, Any]:

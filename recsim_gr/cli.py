@@ -36,7 +36,7 @@ class Run:
     data: str | None = None
     """The matrix of a replayed world, an npz file."""
     noise_model: str | None = None
-    """watch_time or gaussian."""
+    """watch_time, gaussian, student_t, drift or clickbait."""
     noise_levels: tuple[float, ...] | None = None
     """Settings of the noise dial, each between 0 and 1."""
     seeds: tuple[int, ...] | None = None
@@ -45,6 +45,8 @@ class Run:
     """Which agents take part, see `recsim-gr list`."""
     n_titles: int | None = None
     """Size of a simulated catalogue."""
+    world_options: tuple[str, ...] | None = None
+    """Further fields of the world's config, as name=value: cold_share=0.2, order_effect=1, history_median=8, …"""
     history_length: int | None = None
     """Events of a history."""
     n_users: int | None = None

@@ -50,9 +50,12 @@ CARRY_OVER_HOURS = 2.0
 """e-folding time of what a title carries over to later choices (``order_effect``): through a session, not to the next
 day."""
 
-DURATION_GROUPS, QUANTILE_KNOTS, CALIBRATION_CELLS, CALIBRATION_USERS = 10, 32, 512_000, 512
+DURATION_GROUPS, QUANTILE_KNOTS, CALIBRATION_CELLS, CALIBRATION_USERS = 10, 32, 128_000, 512
 """Of the duration-debiased score: deciles of the catalogue's durations, pieces of each group's distribution, and the
 (user, title) pairs that it is averaged over, of at most so many users: a second's work, and the same for every log."""
+
+CALIBRATION_CHUNK = 16_000
+"""Pairs at a time: what a core's cache holds."""
 
 
 USERS_PER_SPLIT = 1_000_000_000
@@ -530,15 +533,15 @@ class WorldBase(ABC):
         knots = np.linspace(0.0, 1.0, QUANTILE_KNOTS + 1)
         below, mass = np.zeros((n_groups, len(knots))), np.zeros(n_groups)
         n_users = int(np.clip(CALIBRATION_CELLS // self.n_titles, 8, CALIBRATION_USERS))
-        for user in self.users("train", self.at_most("train", n_users)):
-            one = np.array([user])
-            weight = np.exp(self.logging_log_probs(one, np.empty((1, 0), dtype=np.int64)))[0]
-            who = self.behaviour(one)
-            facts = Exposure(self.satisfaction(one)[0].astype(np.float64), who.free_time, self.durations)
-            mass += np.bincount(group, weight, minlength=n_groups)
+        users = self.users("train", self.at_most("train", n_users))
+        for chunk in np.array_split(users, -(-len(users) * self.n_titles // CALIBRATION_CHUNK)):
+            weight = np.exp(self.logging_log_probs(chunk, np.empty((len(chunk), 0), dtype=np.int64)))
+            satisfaction, minutes = self.satisfaction(chunk).astype(np.float64), self.behaviour(chunk).free_time
+            facts = Exposure(satisfaction, minutes[:, None], self.durations)
+            mass += np.bincount(group, weight.sum(axis=0), minlength=n_groups)
             for k, knot in enumerate(knots):
                 reached = model.survival(max(float(knot), 1e-9), facts)  # just above 0: some never watch
-                below[:, k] += np.bincount(group, weight * (1.0 - reached), minlength=n_groups)
+                below[:, k] += np.bincount(group, (weight * (1.0 - reached)).sum(axis=0), minlength=n_groups)
         levels = below / np.maximum(mass, np.finfo(np.float64).tiny)[:, None]
         return DurationDebiasedNoise(model, edges, knots, np.maximum.accumulate(levels, axis=1))
 

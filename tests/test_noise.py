@@ -8,18 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy import integrate
+from scipy import integrate, stats
 from scipy.special import ndtri
 
 from recsim_gr.errors import ConfigError, UnknownNameError
 from recsim_gr.noise import (
+    MOOD_MEMORY_HOURS,
     NOISE_MODELS,
+    DurationDebiasedNoise,
     Exposure,
     GaussianNoise,
     RewardNoise,
     Scores,
     WatchTimeNoise,
+    moods,
     noise_model,
+    student_4_quantile,
 )
 from recsim_gr.randomness import uniforms
 
@@ -298,3 +302,94 @@ def test_gaussian_noise_by_hand() -> None:
     np.testing.assert_allclose(drawn.score, [6.919928, 3.0], atol=1e-6)
     np.testing.assert_allclose(drawn.watched, [1.0, 0.5])
     assert not drawn.exogenous.any()
+
+
+# ----------------------------------------------------------------------------------------------- the other models
+
+
+@given(st.floats(1e-9, 1.0 - 1e-9))
+@PROPERTY
+def test_the_quantiles_of_student_4_are_scipys(p: float) -> None:
+    assert student_4_quantile(np.array(p)) == pytest.approx(stats.t(4).ppf(p), rel=1e-7, abs=1e-7)
+
+
+def test_student_noise_has_the_gaussian_deviation_and_heavier_tails() -> None:
+    u = uniforms(0, "noise", np.arange(400_000), 3)
+    student, gaussian = (
+        noise_model(name, 0.5).sample(facts(3.0, 1.0, 1.0), u).score for name in ("student_t", "gaussian")
+    )
+    assert student.std() == pytest.approx(gaussian.std(), rel=0.03)
+    # P(|t₄| > 4·√2) = .0048, against .00006 beyond four deviations of a normal
+    assert (np.abs(student - 3) > 8).mean() == pytest.approx(2 * stats.t(4).sf(4 * math.sqrt(2)), rel=0.15)
+    assert (np.abs(gaussian - 3) > 8).mean() < 2e-4
+
+
+def test_moods_are_an_ornstein_uhlenbeck_process() -> None:
+    hours = np.tile(np.array([0.0, 1.0, 25.0, 25.0, 400.0]), (60_000, 1))
+    drawn = moods(hours, uniforms(0, "mood", np.arange(60_000), 5))
+    gap = np.abs(hours[0][:, None] - hours[0])
+    assert np.abs(np.cov(drawn.T) - np.exp(-gap / MOOD_MEMORY_HOURS)).max() < 0.02
+    np.testing.assert_array_equal(drawn[:, 2], drawn[:, 3])  # one moment, one mood
+
+
+def test_clickbait_is_the_same_for_everyone() -> None:
+    model = noise_model("clickbait", 0.5)
+    titles = Exposure(np.full(3, 2.0), np.ones(()), np.ones(()), np.array([-1.0, 0.0, 2.0]))
+    # 2 + .5·4·allure, for whoever watches
+    np.testing.assert_allclose(model.expected(titles), [0.0, 2.0, 6.0])
+
+
+@models
+@PROPERTY
+@given(st.floats(0.05, 1.0), st.floats(1.2, 4.8), st.floats(5.0, 200.0), st.floats(5.0, 200.0))
+def test_likelihoods_sum_to_one_and_have_the_mean_of_the_scores(
+    name: str, dial: float, s: float, free_time: float, duration: float
+) -> None:
+    model = noise_model(name, dial)
+    exposure = facts(np.full(1, s), free_time, duration)
+    mean = float(model.expected(facts(s, free_time, duration)))
+    # an ordinary watch time is a narrow peak at s, and a title watched to its end has a probability of its own
+    centre, reach = (s, 4.0) if name == "watch_time" else (mean, 400.0)
+    low, high = (1.0, 5.0) if name == "watch_time" else (centre - reach, centre + reach)
+    around = centre + np.array([-1.0, -0.3, -0.1, 0.1, 0.3, 1.0])
+    edges = np.unique(np.clip(np.concatenate([[low], around, [high]]), low, high))
+
+    def density(x: float) -> float:
+        return float(np.exp(model.log_likelihood(np.array([x]), exposure, np.zeros(1)))[0])
+
+    pieces = list(itertools.pairwise(edges))
+    total = sum(integrate.quad(density, a, b, limit=200)[0] for a, b in pieces)
+    first = sum(integrate.quad(lambda x: x * density(x), a, b, limit=200)[0] for a, b in pieces)
+    if name == "watch_time":
+        finished = density(5.0)
+        total, first = total + finished, first + 5.0 * finished
+    assert total == pytest.approx(1.0, abs=2e-4)
+    assert first == pytest.approx(mean, abs=0.01)
+
+
+def test_the_likelihood_of_drift_is_that_of_its_joint_normal() -> None:
+    model = noise_model("drift", 0.5)
+    hours, s = np.array([[0.0, 2.0, 30.0, 31.5]]), np.array([[2.0, 3.0, 4.0, 2.5]])
+    score = np.array([[3.0, 3.5, 2.0, 2.2]])
+    covariance = 4.0 * np.exp(-np.abs(hours.T - hours) / MOOD_MEMORY_HOURS)
+    expected = stats.multivariate_normal(s[0], covariance).logpdf(score[0])
+    got = model.log_likelihood(score, Exposure(s, np.ones(()), np.ones(())), hours).sum()
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_likelihood_of_a_debiased_score_is_the_base_likelihood_transformed() -> None:
+    # one group, F(w) = w²/2 between 5 knots (so 1/2 is the jump at the end); P(score <= x) by simulation
+    knots = np.linspace(0.0, 1.0, 5)
+    model = DurationDebiasedNoise(WatchTimeNoise(dial=0.6), np.empty(0), knots, (knots**2 / 2)[None])
+    exposure = facts(np.full(1, 2.6), 40.0, 50.0)
+    drawn = model.sample(facts(2.6, 40.0, 50.0), events(model, 200_000)).score
+    edges = np.array([1.0, 1.1, 1.4, 1.7, 2.0, 2.5, 2.9])
+    for low, high in itertools.pairwise(edges):
+        grid = np.linspace(low, high, 4_001)[:-1] + (high - low) / 8_000
+        likelihood = np.exp(model.log_likelihood(grid, exposure, np.zeros(1)))
+        share = ((drawn >= low) & (drawn < high)).mean()
+        assert likelihood.mean() * (high - low) == pytest.approx(share, abs=4 * math.sqrt(share / 200_000) + 2e-3)
+    finished = float(np.exp(model.log_likelihood(np.array([4.0]), exposure, np.zeros(1)))[0])
+    assert finished == pytest.approx((drawn == 4.0).mean(), abs=0.005)
+    assert drawn.mean() == pytest.approx(float(model.expected(facts(2.6, 40.0, 50.0))), abs=0.02)
+    assert (drawn**2).mean() == pytest.approx(float(model.second_moment(facts(2.6, 40.0, 50.0))), abs=0.1)
