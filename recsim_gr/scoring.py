@@ -173,7 +173,7 @@ class Examination:
         seen = self.contexts.observations
         if seen.catalogue is None or not seen.catalogue.has_releases:
             return None
-        release = np.maximum(seen.catalogue.release, -1)
+        release = seen.catalogue.release
         return (release == seen.epoch[:, None]) & (release > 0)
 
     def evaluate(self, policy: Any) -> Evaluation:

@@ -1,7 +1,7 @@
 """Scoring on a world of two users and four titles worked by hand, and what must hold in any world."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from recsim_gr.agents import Oracle, ScoreOracle
+from recsim_gr.catalogue import Catalogue
 from recsim_gr.errors import PolicyError
 from recsim_gr.metrics import top_k
 from recsim_gr.noise import Scores, WatchTimeNoise
 from recsim_gr.observations import Contexts, Observations
 from recsim_gr.policy import ranking_scores
-from recsim_gr.scoring import METRICS, Examination, discounted_mean, evaluate, sample_titles
+from recsim_gr.scoring import COLD_METRICS, METRICS, Examination, discounted_mean, evaluate, sample_titles
 from recsim_gr.world import World, WorldConfig
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -549,3 +550,41 @@ def test_what_a_policy_rules_out_still_ranks_above_what_was_seen() -> None:
     assert not np.take_along_axis(contexts.observations.seen(), top, axis=1).any()
     figures = Examination(world, contexts)
     assert figures.evaluate(OneTitle())["regret_top10"] >= 0.0
+
+
+# -- warm and cold ------------------------------------------------------------------------------------------------
+
+
+def test_warm_and_cold_by_hand() -> None:
+    # Four titles of release 0, 0, 1, 2; the first user lives in epoch 1, where title 2 is new and 3 is not out; the
+    # second in epoch 2, where 3 is new. Both have seen title 0. The policy prefers 3, then 2, then 1.
+    truth = [[1, 2, 3, 5], [4, 3, 2, 1]]
+    contexts = contexts_of([[0], [0]], 4, next_titles=[2, 1])
+    catalogue = Catalogue(np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.float32), np.array([0, 0, 1, 2]))
+    seen = replace(contexts.observations, epoch=np.array([1, 2]), catalogue=catalogue)
+    policy = Says(log([[0, 0.3, 0.7, 0], [0, 0.1, 0.2, 0.7]]))
+    figures = Examination(Table(truth, truth), replace(contexts, observations=seen)).evaluate(policy).metrics
+    assert set(COLD_METRICS) <= set(figures)
+    assert figures["cold_available"] == pytest.approx(2 / 5)  # {1, 2} and {1, 2, 3}
+    assert figures["cold_top10"] == pytest.approx(2 / 4)  # lists of two: 2 and 1; 3 and 2
+    assert figures["value_top10_warm"] == pytest.approx((2 + 2) / 2)  # best warm: 1 (worth 2), and 2 (worth 2)
+    assert figures["value_top10_cold"] == pytest.approx((3 + 1) / 2)
+    # the next title of the first user is cold and ranked first; that of the second warm and third: 1/log2(4)
+    assert (figures["mrr_cold"], figures["mrr_warm"]) == pytest.approx((1.0, 1 / 3))
+    assert (figures["ndcg10_cold"], figures["ndcg10_warm"]) == pytest.approx((1.0, 0.5))
+    assert (figures["hr10_cold"], figures["hr10_warm"]) == (1.0, 1.0)
+
+
+def test_a_policy_with_weight_on_what_is_not_out_is_refused() -> None:
+    contexts = contexts_of([[0]], 3)
+    catalogue = Catalogue(np.zeros(3, dtype=np.int64), np.ones(3, dtype=np.float32), np.array([0, 0, 1]))
+    seen = replace(contexts.observations, catalogue=catalogue)
+    with pytest.raises(PolicyError, match="puts weight on a title that is not out yet"):
+        Examination(Table([[1, 2, 3]], [[1, 2, 3]]), replace(contexts, observations=seen)).evaluate(
+            Says(log([[0, 0.5, 0.5]]))
+        )
+
+
+def test_where_all_titles_are_out_there_are_no_cold_figures() -> None:
+    world = World(WorldConfig(n_titles=12, history_length=3))
+    assert not set(COLD_METRICS) & set(world.evaluate(Fixed(np.zeros((5, 12))), 5).metrics)
