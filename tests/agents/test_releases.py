@@ -81,9 +81,9 @@ def test_a_cold_title_stands_for_its_metadata_alone(cold_log: InteractionLog, co
     assert metadata.known.bool().tolist() == seen.tolist()
     before = cold_backbone.title_vectors().detach().clone()
     with torch.no_grad():
-        cold_backbone.titles += 1.0
+        cold_backbone.titles.add_(1.0)
         moved = (cold_backbone.title_vectors() != before).any(dim=1)
-        cold_backbone.titles -= 1.0
+        cold_backbone.titles.sub_(1.0)
     assert moved.tolist() == seen.tolist()
 
 
