@@ -25,6 +25,7 @@ from recsim_gr.benchmarks.statistics import (
 )
 from recsim_gr.benchmarks.wording import (
     CHECKS,
+    COLD,
     GROUPS,
     HOW_TO_READ,
     JUDGE,
@@ -40,7 +41,7 @@ from recsim_gr.benchmarks.wording import (
     WITH_REFERENCE,
     WORLD_METRICS,
 )
-from recsim_gr.scoring import METRICS
+from recsim_gr.scoring import COLD_METRICS, METRICS
 
 NONE = "–"
 SIGNIFICANT = 0.05
@@ -148,7 +149,7 @@ def _how_to_read(results: Results) -> str:
 def _section(section: Section, alone: bool) -> str:
     results = section.results
     compared = headline(results)
-    known = {**VALUES, **JUDGE, **SUPPORT, **OFFLINE}
+    known = {**VALUES, **JUDGE, **SUPPORT, **OFFLINE, **COLD}
     others = {name: name for name in results.metrics() if name not in known}
     pictures = {figure.name: _figure(name, figure, section.pictures[name]) for name, figure in section.figures.items()}
     parts = [
@@ -167,6 +168,7 @@ def _section(section: Section, alone: bool) -> str:
         _folded("Support: how far from the pretrained policy and the log", _level_table(results, SUPPORT)),
         pictures.get("offline_metrics", ""),
         _folded("Offline metrics", _level_table(results, OFFLINE)),
+        _folded("Warm titles, and cold ones: out since the test users' own epoch", _level_table(results, COLD)),
         _folded("Further metrics", _level_table(results, others)),
         _world_table(results),
     ]
@@ -428,7 +430,7 @@ def _glossary(sections: Sequence[Section]) -> str:
     """Definitions of the metrics that are on the page."""
     world = {name: f"{heading}: {meaning}" for name, (heading, meaning) in WORLD_METRICS.items()}
     there = {m for s in sections for m in (*s.results.metrics(), *s.results.metrics(world=True))}
-    known = {name: meaning for name, meaning in {**METRICS, **world}.items() if name in there}
+    known = {name: meaning for name, meaning in {**METRICS, **COLD_METRICS, **world}.items() if name in there}
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in OTHER_TERMS.items())
     items += "".join(f"<dt><code>{n}</code></dt><dd>{escape(text)}</dd>" for n, text in known.items())
     return _folded("Glossary", f'<dl class="glossary">{items}</dl>')

@@ -35,6 +35,16 @@ OFFLINE = {
     for twin in ("", "_true", "_own")
     for metric, heading in (("ndcg10", "NDCG@10"), ("hr10", "HR@10"), ("mrr", "MRR"))
 }
+COLD = {
+    "cold_available": "share that is cold",
+    "cold_top10": "share in top-10",
+    "value_top10_warm": "top-10, warm",
+    "value_top10_cold": "top-10, cold",
+} | {
+    f"{metric}_{group}": f"{heading}, {group}"
+    for group in ("warm", "cold")
+    for metric, heading in (("ndcg10", "NDCG@10"), ("hr10", "HR@10"), ("mrr", "MRR"))
+}
 # Of the world: heading and what it is. Metrics that are not here are shown under their own names.
 WORLD_METRICS = {
     "reliability_pooled": ("reliability, pooled", "signed corr² of score and satisfaction, logged events"),
