@@ -42,6 +42,13 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*LANDSCAPE, "--world", "replay"], "--data PATH"),
         ([*LANDSCAPE, "--data", "x.npz"], "add --world replay"),
         ([*LANDSCAPE, "--noise-model", "cauchy"], "one of watch_time, gaussian"),
+        ([*LANDSCAPE, "--world-options", "cold_share"], "must be name=value"),
+        ([*LANDSCAPE, "--world-options", "cold_shares=0.2"], "with a name of accept, "),
+        ([*LANDSCAPE, "--world-options", "n_titles=50"], "must be name=value"),
+        ([*LANDSCAPE, "--world-options", "accept=much"], "'much' is no number"),
+        ([*LANDSCAPE, "--world-options", "accept=0.1", "accept=0.2"], "'accept' is given twice"),
+        ([*LANDSCAPE, "--world-options", "cold_share=0.95"], "smaller than the 2 titles of the first epoch"),
+        ([*LANDSCAPE, "--world-options", "duration_debiased=true", "--noise-model", "drift"], "duration_debiased must"),
         (["run", "convergence", "--agents", "BC"], "has no option --agents"),
     ],
 )
