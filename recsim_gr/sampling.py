@@ -187,10 +187,11 @@ def _by_sorting(utilities: FloatArray, uniforms: FloatArray, length: int) -> Cho
     order = np.argsort(np.take_along_axis(keys, top, axis=1), axis=1)
     titles = np.take_along_axis(top, order, axis=1)
     chosen = np.take_along_axis(utilities, titles, axis=1)
-    _refuse_impossible(chosen)
-    rest = np.array(utilities)
-    np.put_along_axis(rest, titles, -np.inf, axis=1)
-    return Choices(titles, chosen - _log_masses_left(_log_sum_exp(rest), chosen))
+    not_chosen = np.array(utilities)
+    np.put_along_axis(not_chosen, titles, -np.inf, axis=1)
+    rest = _log_sum_exp(not_chosen)
+    _refuse_impossible(np.column_stack([chosen, np.where(np.isneginf(rest), 0.0, rest)]))
+    return Choices(titles, chosen - _log_masses_left(rest, chosen))
 
 
 # --------------------------------------------------------------------------------------------- a few uniforms an event
