@@ -14,6 +14,7 @@ from scipy.special import betaincinv, ndtr, ndtri
 
 from recsim_gr import configs, metrics
 from recsim_gr.behaviour import (
+    LARGE_CATALOGUE,
     Behaviour,
     BehaviourConfig,
     FloatArray,
@@ -37,10 +38,15 @@ from recsim_gr.noise import (
 from recsim_gr.observations import LOWEST_SCORE, Contexts, Observations, seen_mask
 from recsim_gr.policy import Policy
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.scoring import Evaluation, Judge, evaluate, sample_titles
+from recsim_gr.sampling import Choices, draws_a_round, gumbel, inverse_cdf, stepwise
+from recsim_gr.scoring import Evaluation, Judge, evaluate
 
 CHUNK_USERS = 2_048
 """Users handled at a time: bounds memory at CHUNK_USERS × I × 8 bytes a temporary, and changes no result."""
+
+BLOCK_CELLS, LEAST_BLOCK_USERS = 2**17, 16
+"""Users × titles for whom titles are chosen at a time (a megabyte of float64, so that it stays in a core's cache), and
+the fewest users: fewer would pay more for the calls than for the work."""
 
 NEW_SESSION_PROBABILITY, HOURS_WITHIN_SESSION, HOURS_BETWEEN_SESSIONS = 0.25, 0.7, 22.0
 """Times of events: one event in four opens a new session, about a day later; the others follow at the length of a
@@ -118,6 +124,10 @@ class WorldBase(ABC):
     @abstractmethod
     def satisfaction(self, users: Users) -> NDArray[np.float32]:
         """(n, I) in [1, 5]: the truth, s(u, i)."""
+
+    def satisfaction_with(self, users: Users, titles: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n, T): `satisfaction` of each user with (n, T) titles, bit for bit, without the rest of the catalogue."""
+        return np.take_along_axis(self.satisfaction(users), titles, axis=1)
 
     @abstractmethod
     def pull(self, users: Users) -> FloatArray:
@@ -201,8 +211,10 @@ class WorldBase(ABC):
         """(n, I) float64: κ·pull + (1−δ)·appeal of the user's epoch, -inf for titles that are not out yet; the logging
         policy is their softmax (but for what earlier titles carry over, see `carry_over`)."""
         who = self.behaviour(users)
-        trend = (1.0 - who.discernment)[:, None] * self.appeal[who.epoch]
-        utilities = self.config.pull_strength * self.pull(users) + trend
+        utilities = self.config.pull_strength * self.pull(users)
+        trend = self.appeal[who.epoch]
+        trend *= (1.0 - who.discernment)[:, None]
+        utilities += trend
         if self.config.cold_share > 0:
             utilities[self.catalogue.unreleased(who.epoch)] = -np.inf
         return utilities
@@ -302,7 +314,7 @@ class WorldBase(ABC):
             u: (n, uniforms_per_exposure) uniforms in (0, 1).
         """
         column = titles[:, None]
-        satisfaction = np.take_along_axis(self.satisfaction(users), column, axis=1)
+        satisfaction = self.satisfaction_with(users, column)
         after = self.history_lengths(users)[:, None]
         mood = np.take_along_axis(self.moods(users), after, axis=1) if "mood" in self.noise.uses else np.zeros(())
         drawn = self._outcome(users, satisfaction, column, mood, u[:, None, : self.noise.uniforms_per_event])
@@ -326,47 +338,49 @@ class WorldBase(ABC):
         """
         config = self.config
         hours = self.hours(users)[:, :length]
-        stepwise = config.order_effect > 0 or config.sampler == "stepwise"
-        titles, log_propensities = (self._choose_in_steps if stepwise else self._choose_at_once)(users, hours)
+        titles, log_propensities = self._choose(users, hours)
         per_event = self.noise.uniforms_per_event
         u = uniforms(config.seed, "noise", users, (config.history_length + 1) * per_event)
         u = u.reshape(len(users), -1, per_event)[:, :length]
-        satisfaction = np.take_along_axis(self.satisfaction(users), titles, axis=1)
+        satisfaction = self.satisfaction_with(users, titles)
         mood = self.moods(users)[:, :length] if "mood" in self.noise.uses else np.zeros(())
         return Events(titles, log_propensities, hours, self._outcome(users, satisfaction, titles, mood, u))
 
-    def _choose_at_once(self, users: Users, hours: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-        """Titles and log-propensities, (n, T) each, in one pass over the catalogue.
+    def _choose(self, users: Users, hours: FloatArray) -> Choices:
+        """Titles and log-propensities, (n, T) each, by the sampler of the config, a block of users at a time."""
+        name = self.config.sampler
+        if name == "auto":
+            large = self.n_titles > LARGE_CATALOGUE
+            name = "stepwise" if self.config.order_effect > 0 else "inverse_cdf" if large else "gumbel"
+        sampler = {"gumbel": self._by_gumbel, "inverse_cdf": self._by_inverse_cdf, "stepwise": self._by_steps}[name]
+        rows = max(LEAST_BLOCK_USERS, BLOCK_CELLS // self.n_titles)
+        blocks = [slice(start, start + rows) for start in range(0, len(users), rows)]
+        chosen = [sampler(users[block], hours[block]) for block in blocks]
+        return Choices(*(np.concatenate(column) for column in zip(*chosen, strict=True)))
 
-        Gumbel noise on the utilities and the top T in order is a Plackett–Luce sequence (Yellott 1977).
-        The propensity of each event divides by the mass not yet chosen, summed from the tail (never by
-        subtraction), so it stays exact for peaked utilities.
-        """
-        utilities = self.utilities(users)
-        keys = utilities - np.log(-np.log(uniforms(self.config.seed, "choice", users, self.n_titles)))
-        titles = _top_in_order(keys, hours.shape[1])
-        chosen = np.take_along_axis(utilities, titles, axis=1)
-        np.put_along_axis(utilities, titles, -np.inf, axis=1)
-        rest = _log_sum_exp(utilities)[:, None]
-        mass = np.logaddexp.accumulate(np.concatenate([rest, chosen[:, ::-1]], axis=1), axis=1)[:, :0:-1]
-        return titles, chosen - mass
+    def _by_gumbel(self, users: Users, hours: FloatArray) -> Choices:
+        u = uniforms(self.config.seed, "choice", users, self.n_titles)
+        return gumbel(self.utilities(users), u, hours.shape[1])
 
-    def _choose_in_steps(self, users: Users, hours: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-        """The same, one choice after the other, so that each may depend on the order of those before it."""
+    def _by_inverse_cdf(self, users: Users, hours: FloatArray) -> Choices:
+        per_round = draws_a_round(self.config.history_length + 1)
+
+        def draw(turn: int, rows: NDArray[np.int64]) -> FloatArray:
+            u = uniforms(self.config.seed, f"choice, round {turn}", users[rows], 2 * per_round)
+            return u.reshape(len(rows), per_round, 2)
+
+        return inverse_cdf(self._utilities_of_block(users), draw, hours.shape[1])
+
+    def _by_steps(self, users: Users, hours: FloatArray) -> Choices:
+        def carry(step: int, titles: NDArray[np.int64]) -> FloatArray:
+            return self.carry_over(titles, hours[:, :step], hours[:, step])
+
         u = uniforms(self.config.seed, "choice in steps", users, self.config.history_length + 1)
-        titles = np.full(hours.shape, self.n_titles, dtype=np.int64)
-        log_propensities = np.empty(hours.shape)
-        utilities = self.utilities(users)
-        rows = np.arange(len(users))
-        for step in range(hours.shape[1]):
-            log_probs = utilities.copy()
-            if self.config.order_effect > 0:
-                log_probs += self.carry_over(titles[:, :step], hours[:, :step], hours[:, step])
-            log_probs -= _log_sum_exp(log_probs)[:, None]
-            titles[:, step] = sample_titles(log_probs, u[:, step])
-            log_propensities[:, step] = log_probs[rows, titles[:, step]]
-            utilities[rows, titles[:, step]] = -np.inf
-        return titles, log_propensities
+        return stepwise(self.utilities(users), u, hours.shape[1], carry if self.config.order_effect > 0 else None)
+
+    def _utilities_of_block(self, users: Users) -> FloatArray:
+        """`utilities`, where a world knows a faster way for many titles; the last bits may be others."""
+        return self.utilities(users)
 
     def generate_log(
         self,
@@ -571,10 +585,3 @@ def _log_sum_exp(values: FloatArray) -> FloatArray:
     safe = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
         return safe + np.log(np.exp(values - safe[:, None]).sum(axis=1))
-
-
-def _top_in_order(keys: FloatArray, k: int) -> NDArray[np.int64]:
-    """(n, k) columns of the k largest keys of each row, largest first."""
-    top = np.argpartition(keys, keys.shape[1] - k, axis=1)[:, keys.shape[1] - k :]
-    order = np.argsort(-np.take_along_axis(keys, top, axis=1), axis=1)
-    return np.take_along_axis(top, order, axis=1)
