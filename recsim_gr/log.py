@@ -233,16 +233,19 @@ def _check_histories(log: InteractionLog) -> None:
     _refuse(log, "hours", backward, "no earlier than the event before")
     moved = np.append(False, inside & (log.epoch[1:] != log.epoch[:-1]))
     _refuse(log, "epoch", moved, "the same for all events of a user")
-    order = np.lexsort((log.title, np.cumsum(starts)))
-    again = np.append(False, (np.diff(log.title[order]) == 0) & ~_in_different_histories(starts, order))
+    history = np.cumsum(starts)
+    if (
+        int(history[-1] + 1) * log.n_titles < 2**63
+    ):  # one number an event: sorting them is ten times cheaper than lexsort
+        pairs = history * log.n_titles + log.title
+        pairs.sort()
+        if (pairs[1:] != pairs[:-1]).all():
+            return
+    order = np.lexsort((log.title, history))
+    again = np.append(False, (np.diff(log.title[order]) == 0) & (np.diff(history[order]) == 0))
     repeated = np.zeros(len(log), dtype=bool)
     repeated[order] = again
     _refuse(log, "title", repeated, "a title that this user has not seen before")
-
-
-def _in_different_histories(starts: NDArray[np.bool_], order: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether neighbours in ``order`` belong to different histories."""
-    return np.diff(np.cumsum(starts)[order]) != 0
 
 
 def _refuse(log: InteractionLog, name: str, illegal: NDArray[np.bool_], would_do: str) -> None:

@@ -22,9 +22,8 @@ from recsim_gr.errors import ConfigError
 FloatArray = NDArray[np.float64]
 Titles = NDArray[np.int64]
 
-BLOCK_ELEMENTS = 2**16
-"""Users × titles that `gumbel` handles at a time: half a megabyte of float64, so that its buffers stay in a core's
-cache."""
+BLOCK_CELLS = 2**17
+"""Users × titles that are worked on at a time: a megabyte of float64 an array, which stays in a core's cache."""
 
 LARGEST, SMALLEST = 1e290, 1e-290
 """Weights and their ratios are trusted between these: far enough from the ends of float64 that nothing in between
@@ -53,11 +52,16 @@ class Choices(NamedTuple):
     titles: Titles
     log_propensities: FloatArray
 
+    @classmethod
+    def joined(cls, parts: "list[Choices]") -> "Choices":
+        """The rows of all parts, in order."""
+        return cls(np.concatenate([p.titles for p in parts]), np.concatenate([p.log_propensities for p in parts]))
+
 
 # ------------------------------------------------------------------------------------------------- a uniform a title
 
 
-def gumbel(utilities: FloatArray, uniforms: FloatArray, length: int) -> Choices:
+def gumbel(utilities: FloatArray, uniforms: FloatArray, length: int, buffers: "GumbelBuffers | None" = None) -> Choices:
     """The ``length`` largest of utility + Gumbel noise, in order, which is a Plackett–Luce sequence (Yellott 1977).
 
     Ordering by ``utility − ln(−ln u)`` falling is ordering by ``−ln(u)/w`` rising, with ``w = exp(utility)``. Since
@@ -69,6 +73,7 @@ def gumbel(utilities: FloatArray, uniforms: FloatArray, length: int) -> Choices:
         utilities: (n, I) float64; -inf for a title that cannot be chosen.
         uniforms: (n, I) in the open interval (0, 1).
         length: k, at most as many as can be chosen.
+        buffers: room to work in, for a caller who draws block after block.
 
     Raises:
         ConfigError: a row with fewer than ``length`` titles to choose from, or with a utility that is not a number.
@@ -79,8 +84,8 @@ def gumbel(utilities: FloatArray, uniforms: FloatArray, length: int) -> Choices:
     if candidates >= n_titles:
         return _by_sorting(utilities, uniforms, length)
     out = Choices(np.empty((n, length), dtype=np.int64), np.empty((n, length)))
-    rows = max(1, BLOCK_ELEMENTS // n_titles)
-    buffers = _Buffers.of(min(rows, n), n_titles)
+    buffers = buffers or GumbelBuffers.of(min(n, max(1, BLOCK_CELLS // n_titles)), n_titles)
+    rows = len(buffers.weights)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         block = np.ascontiguousarray(utilities[part]), np.ascontiguousarray(uniforms[part])
@@ -92,27 +97,32 @@ def gumbel(utilities: FloatArray, uniforms: FloatArray, length: int) -> Choices:
     return out
 
 
-class _Buffers(NamedTuple):
-    """Room for one block of `gumbel`, used again for the next: fresh pages cost more than what is done to them."""
+class GumbelBuffers(NamedTuple):
+    """Room for one block of `gumbel`, used again for the next: fresh pages cost more than what is done to them.
 
+    Attributes:
+        utilities, uniforms: (rows, I), for the caller to fill.
+    """
+
+    utilities: FloatArray
+    uniforms: FloatArray
     weights: FloatArray
     ratios: FloatArray
     below: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, rows: int, n_titles: int) -> "_Buffers":
-        shape = (rows, n_titles)
-        return cls(np.empty(shape), np.empty(shape), np.empty(shape, dtype=bool))
+    def of(cls, rows: int, n_titles: int) -> "GumbelBuffers":
+        return cls(*np.empty((4, rows, n_titles)), below=np.empty((rows, n_titles), dtype=bool))
 
-    def rows(self, n: int) -> "_Buffers":
-        return _Buffers(self.weights[:n], self.ratios[:n], self.below[:n])
+    def rows(self, n: int) -> "GumbelBuffers":
+        return GumbelBuffers(*(buffer[:n] for buffer in self))
 
 
 def _by_bound(
-    utilities: FloatArray, uniforms: FloatArray, candidates: int, buffers: _Buffers, out: Choices
+    utilities: FloatArray, uniforms: FloatArray, candidates: int, buffers: GumbelBuffers, out: Choices
 ) -> NDArray[np.bool_]:
     """Fills ``out`` from about ``candidates`` titles a row; says which rows are proven right."""
-    weights, ratios, below = buffers
+    _, _, weights, ratios, below = buffers
     n, n_titles = utilities.shape
     length = out.titles.shape[1]
     shift = _shift(utilities.max(axis=1), UNSHIFTED)

@@ -12,7 +12,7 @@ from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, WorldBase, products
+from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, Rows, WorldBase, products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,19 +158,36 @@ class World(WorldBase):
     def pull(self, users: Users) -> FloatArray:
         return products(self.pull_vectors(users), self._traits_by_axis.T)
 
+    def pull_rows(self, users: Users) -> Rows:
+        vectors, traits = self.pull_vectors(users), self._traits_by_axis
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            products(vectors[part], traits.T, out)
+
+        return fill
+
     @cached_property
     def _utility_columns(self) -> FloatArray:
         """(d + n_epochs, I): traits and appeals, of which a user's utilities are a weighted sum."""
         return np.concatenate([self._traits_by_axis, self.appeal])
 
-    def _utilities_of_block(self, users: Users) -> FloatArray:
+    def utility_rows(self, users: Users) -> Rows:
         if self.n_titles <= LARGE_CATALOGUE:
-            return self.utilities(users)
-        who, d = self.behaviour(users), self.config.taste_dimensions
-        weights = np.zeros((LEAST_BLOCK_USERS, len(self._utility_columns)))  # one shape: see `products`
-        weights[: len(users), :d] = self.config.pull_strength * self.pull_vectors(users)
+            return super().utility_rows(users)
+        who, d, columns = self.behaviour(users), self.config.taste_dimensions, self._utility_columns
+        weights = np.zeros((len(users), len(columns)))
+        weights[:, :d] = self.config.pull_strength * self.pull_vectors(users)
         weights[np.arange(len(users)), d + who.epoch] = 1.0 - who.discernment
-        utilities: FloatArray = (weights @ self._utility_columns)[: len(users)]
-        if self.config.cold_share > 0:
-            utilities[self.catalogue.unreleased(who.epoch)] = -np.inf
-        return utilities
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            for start in range(0, len(out), LEAST_BLOCK_USERS):
+                here, rows = out[start : start + LEAST_BLOCK_USERS], weights[part][start : start + LEAST_BLOCK_USERS]
+                if len(rows) == LEAST_BLOCK_USERS:
+                    np.matmul(rows, columns, out=here)
+                else:  # products of one shape, or the last bits would depend on the block: see `products`
+                    padding = np.zeros((LEAST_BLOCK_USERS - len(rows), len(columns)))
+                    here[...] = (np.concatenate([rows, padding]) @ columns)[: len(rows)]
+            if self.config.cold_share > 0:
+                out[self.catalogue.unreleased(who.epoch[part])] = -np.inf
+
+        return fill

@@ -310,7 +310,7 @@ def test_what_is_handed_in_is_not_written_to(sampler: Sampler) -> None:
 def test_large_blocks_are_handled_in_parts_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     utilities = np.random.default_rng(0).standard_normal((40, 200))
     whole = by_gumbel(utilities, 5)
-    monkeypatch.setattr(sampling, "BLOCK_ELEMENTS", 1_400)
+    monkeypatch.setattr(sampling, "BLOCK_CELLS", 1_400)
     for one, other in zip(whole, by_gumbel(utilities, 5), strict=True):
         assert one.tobytes() == other.tobytes()
 
