@@ -112,10 +112,12 @@ class GumbelBuffers(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, n_titles: int) -> "GumbelBuffers":
-        return cls(*np.empty((4, rows, n_titles)), below=np.empty((rows, n_titles), dtype=bool))
+        utilities, uniforms, weights, ratios = np.empty((4, rows, n_titles))
+        return cls(utilities, uniforms, weights, ratios, np.empty((rows, n_titles), dtype=bool))
 
     def rows(self, n: int) -> "GumbelBuffers":
-        return GumbelBuffers(*(buffer[:n] for buffer in self))
+        utilities, uniforms, weights, ratios, below = self
+        return GumbelBuffers(utilities[:n], uniforms[:n], weights[:n], ratios[:n], below[:n])
 
 
 def _by_bound(

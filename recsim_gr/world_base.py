@@ -455,6 +455,8 @@ class WorldBase(ABC):
         users = self.users(split, n_users)
         chunks = [self._log_columns(users[i : i + chunk_users]) for i in range(0, len(users), chunk_users)]
         columns = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
+        for values in columns.values():
+            values.flags.writeable = False  # the log need not copy them
         propensities = columns.pop("propensities")
         return InteractionLog(
             **columns,
