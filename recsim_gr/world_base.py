@@ -42,8 +42,9 @@ from recsim_gr.randomness import generator, uniforms
 from recsim_gr.sampling import BLOCK_CELLS, Choices, GumbelBuffers, draws_a_round, gumbel, inverse_cdf, stepwise
 from recsim_gr.scoring import Evaluation, Judge, evaluate
 
-CHUNK_USERS = 2_048
-"""Users handled at a time: bounds memory at CHUNK_USERS × I × 8 bytes a temporary, and changes no result."""
+CHUNK_USERS, CHUNK_CELLS = 2_048, 2_048_000
+"""Users handled at a time, and users × titles where all titles of each are looked at: bounds memory, and changes no
+result."""
 
 LEAST_BLOCK_USERS = 16
 """The fewest users for whom titles are chosen at a time: fewer would pay more for the calls than for the work."""
@@ -534,7 +535,7 @@ class WorldBase(ABC):
         for start in range(0, len(users), CHUNK_USERS):
             chunk = users[start : start + CHUNK_USERS]
             events = self.draw_events(chunk, self.config.history_length)
-            truth.append(np.take_along_axis(self.satisfaction(chunk), events.titles, axis=1).astype(np.float64))
+            truth.append(self.satisfaction_with(chunk, events.titles).astype(np.float64))
             score.append(events.outcome.score)
         x, y = np.concatenate(score), np.concatenate(truth)
         lengths = self.history_lengths(users)
@@ -550,8 +551,9 @@ class WorldBase(ABC):
         choice: what a perfect model of the score could know of the truth. Exact for the users it averages."""
         users = self.users("train", self.at_most("train", n_users))
         sums = np.zeros(3)
-        for start in range(0, len(users), CHUNK_USERS):
-            chunk = users[start : start + CHUNK_USERS]
+        size = max(LEAST_BLOCK_USERS, min(CHUNK_USERS, CHUNK_CELLS // self.n_titles))
+        for start in range(0, len(users), size):
+            chunk = users[start : start + size]
             weight = np.exp(self.logging_log_probs(chunk, np.empty((len(chunk), 0), dtype=np.int64)))
             x, y = self.expected_score_watched(chunk), self.satisfaction(chunk).astype(np.float64)
             x = x - (weight * x).sum(axis=1, keepdims=True)
