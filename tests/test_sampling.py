@@ -358,7 +358,7 @@ def test_what_is_carried_over_changes_choices_and_propensities(
 
 def test_pairs_under_carry_over_have_their_frequencies() -> None:
     utilities, strength = np.array([0.3, -0.5, 1.0, 0.0]), 2.0
-    law = {}
+    law: dict[tuple[int, ...], float] = {}
     for a, b in itertools.permutations(range(4), 2):
         now = np.exp(utilities + strength * (np.arange(4) == (a + 1) % 4))
         law[a, b] = np.exp(utilities[a]) / np.exp(utilities).sum() * now[b] / (now.sum() - now[a])
