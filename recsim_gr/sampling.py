@@ -33,12 +33,12 @@ UNSHIFTED, UNSHIFTED_BLOCK = 300.0, 24.0
 """Utilities whose largest is within these (in float64 and in float32) are exponentiated as they are; others relative
 to their largest. The second keeps the rounding of a utility to float32 below 1e-6."""
 
+SMALLEST_BLOCK = 1e-20
+"""A block of float32 weights whose sum falls below this is weighed anew: the smallest normal float32 is 1e-38, so what
+counts in a sum above this line has all its digits."""
+
 _PART = 16
 """Within a block, titles are searched by sixteens."""
-
-SMALLEST_BLOCK = 1e-20
-"""A block of float32 weights whose sum falls below this of its former largest weight is weighed anew: the smallest
-normal float32 is 1e-38, so what is above this line has all its digits."""
 
 
 class Choices(NamedTuple):
