@@ -406,6 +406,9 @@ class ReplayWorld(WorldBase):
     def satisfaction(self, users: Users) -> NDArray[np.float32]:
         return self.matrix.satisfaction[users]
 
+    def satisfaction_with(self, users: Users, titles: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.matrix.satisfaction[users[:, None], titles]
+
     def pull(self, users: Users) -> FloatArray:
         own, outside = self.pull_weights(users)
         return own[:, None] * self.standardised[users] + outside[:, None] * self.standardised[self.partners(users)]

@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, ndtri
 
-from recsim_gr.behaviour import SPLITS, BehaviourConfig, FloatArray, Users, require_room
+from recsim_gr.behaviour import LARGE_CATALOGUE, SPLITS, BehaviourConfig, FloatArray, Users, require_room
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products
+from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, Rows, WorldBase, products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,11 @@ class World(WorldBase):
         traits = centres[self.genres] + around
         return traits / np.linalg.norm(traits, axis=1, keepdims=True)
 
+    @cached_property
+    def _traits_by_axis(self) -> FloatArray:
+        """(d, I): the same numbers in the order in which products read them."""
+        return np.ascontiguousarray(self.traits.T)
+
     @property
     def directions(self) -> FloatArray:
         return self.traits
@@ -142,8 +147,47 @@ class World(WorldBase):
         return (LOWEST_SCORE + (HIGHEST_SCORE - LOWEST_SCORE) * fraction).astype(np.float32)
 
     def satisfaction(self, users: Users) -> NDArray[np.float32]:
-        affinity = products(self.taste(users), self.traits)
+        affinity = products(self.taste(users), self._traits_by_axis.T)
         return self.satisfaction_at(affinity + self.quality + self.leniency(users)[:, None])
 
+    def satisfaction_with(self, users: Users, titles: NDArray[np.int64]) -> NDArray[np.float32]:
+        # the sum runs along the axes one after another, as in `products`, or the last bit would differ
+        affinity = np.einsum("nd,dnt->nt", self.taste(users), self._traits_by_axis.take(titles, axis=1))
+        return self.satisfaction_at(affinity + self.quality[titles] + self.leniency(users)[:, None])
+
     def pull(self, users: Users) -> FloatArray:
-        return products(self.pull_vectors(users), self.traits)
+        return products(self.pull_vectors(users), self._traits_by_axis.T)
+
+    def pull_rows(self, users: Users) -> Rows:
+        vectors, traits = self.pull_vectors(users), self._traits_by_axis
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            products(vectors[part], traits.T, out)
+
+        return fill
+
+    @cached_property
+    def _utility_columns(self) -> FloatArray:
+        """(d + n_epochs, I): traits and appeals, of which a user's utilities are a weighted sum."""
+        return np.concatenate([self._traits_by_axis, self.appeal])
+
+    def utility_rows(self, users: Users) -> Rows:
+        if self.n_titles <= LARGE_CATALOGUE:
+            return super().utility_rows(users)
+        who, d, columns = self.behaviour(users), self.config.taste_dimensions, self._utility_columns
+        weights = np.zeros((len(users), len(columns)))
+        weights[:, :d] = self.config.pull_strength * self.pull_vectors(users)
+        weights[np.arange(len(users)), d + who.epoch] = 1.0 - who.discernment
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            for start in range(0, len(out), LEAST_BLOCK_USERS):
+                here, rows = out[start : start + LEAST_BLOCK_USERS], weights[part][start : start + LEAST_BLOCK_USERS]
+                if len(rows) == LEAST_BLOCK_USERS:
+                    np.matmul(rows, columns, out=here)
+                else:  # products of one shape, or the last bits would depend on the block: see `products`
+                    padding = np.zeros((LEAST_BLOCK_USERS - len(rows), len(columns)))
+                    here[...] = (np.concatenate([rows, padding]) @ columns)[: len(rows)]
+            if self.config.cold_share > 0:
+                out[self.catalogue.unreleased(who.epoch[part])] = -np.inf
+
+        return fill

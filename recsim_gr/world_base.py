@@ -5,6 +5,7 @@ titles; `recsim_gr.replay.ReplayWorld` real ones.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from scipy.special import betaincinv, ndtr, ndtri
 
 from recsim_gr import configs, metrics
 from recsim_gr.behaviour import (
+    LARGE_CATALOGUE,
     Behaviour,
     BehaviourConfig,
     FloatArray,
@@ -37,10 +39,15 @@ from recsim_gr.noise import (
 from recsim_gr.observations import LOWEST_SCORE, Contexts, Observations, seen_mask
 from recsim_gr.policy import Policy
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.scoring import Evaluation, Judge, evaluate, sample_titles
+from recsim_gr.sampling import BLOCK_CELLS, Choices, GumbelBuffers, draws_a_round, gumbel, inverse_cdf, stepwise
+from recsim_gr.scoring import Evaluation, Judge, evaluate
 
-CHUNK_USERS = 2_048
-"""Users handled at a time: bounds memory at CHUNK_USERS × I × 8 bytes a temporary, and changes no result."""
+CHUNK_USERS, CHUNK_CELLS = 2_048, 2_048_000
+"""Users handled at a time, and users × titles where all titles of each are looked at: bounds memory, and changes no
+result."""
+
+LEAST_BLOCK_USERS = 16
+"""The fewest users for whom titles are chosen at a time: fewer would pay more for the calls than for the work."""
 
 NEW_SESSION_PROBABILITY, HOURS_WITHIN_SESSION, HOURS_BETWEEN_SESSIONS = 0.25, 0.7, 22.0
 """Times of events: one event in four opens a new session, about a day later; the others follow at the length of a
@@ -61,6 +68,10 @@ CALIBRATION_CHUNK = 16_000
 USERS_PER_SPLIT = 1_000_000_000
 USERS_PER_CONTEXT_SEED = 1_000_000
 """Simulated users are unlimited: each split owns a block of ids, each seed of `contexts` a part of the block."""
+
+
+Rows = Callable[[slice, FloatArray, FloatArray], None]
+"""Writes what users ``slice`` feel for each title into an (n, I) array; the second array is room to work in."""
 
 
 class Reliability(NamedTuple):
@@ -119,9 +130,13 @@ class WorldBase(ABC):
     def satisfaction(self, users: Users) -> NDArray[np.float32]:
         """(n, I) in [1, 5]: the truth, s(u, i)."""
 
+    def satisfaction_with(self, users: Users, titles: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n, T): `satisfaction` of each user with (n, T) titles, bit for bit, without the rest of the catalogue."""
+        return np.take_along_axis(self.satisfaction(users), titles, axis=1)
+
     @abstractmethod
     def pull(self, users: Users) -> FloatArray:
-        """(n, I): what attracts each user, of unit variance over titles and users, before κ."""
+        """(n, I), a new array: what attracts each user, of unit variance over titles and users, before κ."""
 
     @property
     @abstractmethod
@@ -200,12 +215,33 @@ class WorldBase(ABC):
     def utilities(self, users: Users) -> FloatArray:
         """(n, I) float64: κ·pull + (1−δ)·appeal of the user's epoch, -inf for titles that are not out yet; the logging
         policy is their softmax (but for what earlier titles carry over, see `carry_over`)."""
-        who = self.behaviour(users)
-        trend = (1.0 - who.discernment)[:, None] * self.appeal[who.epoch]
-        utilities = self.config.pull_strength * self.pull(users) + trend
-        if self.config.cold_share > 0:
-            utilities[self.catalogue.unreleased(who.epoch)] = -np.inf
-        return utilities
+        out = np.empty((len(users), self.n_titles))
+        self.utility_rows(users)(slice(0, len(users)), out, np.empty_like(out))
+        return out
+
+    def utility_rows(self, users: Users) -> Rows:
+        """`utilities` a block of users at a time: what does not depend on titles is worked out here, once."""
+        who, pull = self.behaviour(users), self.pull_rows(users)
+        leaning = (1.0 - who.discernment)[:, None]
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            pull(part, out, scratch)
+            out *= self.config.pull_strength
+            np.take(self.appeal, who.epoch[part], axis=0, out=scratch, mode="clip")  # "raise" would copy
+            np.multiply(scratch, leaning[part], out=scratch)
+            np.add(out, scratch, out=out)
+            if self.config.cold_share > 0:
+                out[self.catalogue.unreleased(who.epoch[part])] = -np.inf
+
+        return fill
+
+    def pull_rows(self, users: Users) -> Rows:
+        """`pull` a block of users at a time."""
+
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            out[...] = self.pull(users[part])
+
+        return fill
 
     def carry_over(self, histories: NDArray[np.int64], times: FloatArray, now: FloatArray) -> FloatArray:
         """What the titles of the last hours add to every title's utility: ω·Σ_j exp(−(now − t_j)/2 h)·⟨v_j, v_i⟩.
@@ -302,7 +338,7 @@ class WorldBase(ABC):
             u: (n, uniforms_per_exposure) uniforms in (0, 1).
         """
         column = titles[:, None]
-        satisfaction = np.take_along_axis(self.satisfaction(users), column, axis=1)
+        satisfaction = self.satisfaction_with(users, column)
         after = self.history_lengths(users)[:, None]
         mood = np.take_along_axis(self.moods(users), after, axis=1) if "mood" in self.noise.uses else np.zeros(())
         drawn = self._outcome(users, satisfaction, column, mood, u[:, None, : self.noise.uniforms_per_event])
@@ -326,47 +362,75 @@ class WorldBase(ABC):
         """
         config = self.config
         hours = self.hours(users)[:, :length]
-        stepwise = config.order_effect > 0 or config.sampler == "stepwise"
-        titles, log_propensities = (self._choose_in_steps if stepwise else self._choose_at_once)(users, hours)
+        titles, log_propensities = self._choose(users, hours)
         per_event = self.noise.uniforms_per_event
         u = uniforms(config.seed, "noise", users, (config.history_length + 1) * per_event)
         u = u.reshape(len(users), -1, per_event)[:, :length]
-        satisfaction = np.take_along_axis(self.satisfaction(users), titles, axis=1)
+        satisfaction = self.satisfaction_with(users, titles)
         mood = self.moods(users)[:, :length] if "mood" in self.noise.uses else np.zeros(())
         return Events(titles, log_propensities, hours, self._outcome(users, satisfaction, titles, mood, u))
 
-    def _choose_at_once(self, users: Users, hours: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-        """Titles and log-propensities, (n, T) each, in one pass over the catalogue.
+    def _choose(self, users: Users, hours: FloatArray) -> Choices:
+        """Titles and log-propensities, (n, T) each, by the sampler of the config, a block of users at a time."""
+        name = self.config.sampler
+        if name == "auto":
+            large = self.n_titles > LARGE_CATALOGUE
+            name = "stepwise" if self.config.order_effect > 0 else "inverse_cdf" if large else "gumbel"
+        sampler = {"gumbel": self._by_gumbel, "inverse_cdf": self._by_inverse_cdf, "stepwise": self._by_steps}[name]
+        return sampler(users, hours)
 
-        Gumbel noise on the utilities and the top T in order is a Plackett–Luce sequence (Yellott 1977).
-        The propensity of each event divides by the mass not yet chosen, summed from the tail (never by
-        subtraction), so it stays exact for peaked utilities.
-        """
-        utilities = self.utilities(users)
-        keys = utilities - np.log(-np.log(uniforms(self.config.seed, "choice", users, self.n_titles)))
-        titles = _top_in_order(keys, hours.shape[1])
-        chosen = np.take_along_axis(utilities, titles, axis=1)
-        np.put_along_axis(utilities, titles, -np.inf, axis=1)
-        rest = _log_sum_exp(utilities)[:, None]
-        mass = np.logaddexp.accumulate(np.concatenate([rest, chosen[:, ::-1]], axis=1), axis=1)[:, :0:-1]
-        return titles, chosen - mass
+    def _by_gumbel(self, users: Users, hours: FloatArray) -> Choices:
+        size, utilities = self._block_users, self.utility_rows(users)
+        buffers = GumbelBuffers.of(min(len(users), size), self.n_titles)
+        chosen = []
+        for start in range(0, len(users), size):
+            part = slice(start, min(start + size, len(users)))
+            room = buffers.rows(part.stop - start)
+            uniforms(self.config.seed, "choice", users[part], self.n_titles, out=room.uniforms)
+            utilities(part, room.utilities, room.ratios)
+            chosen.append(gumbel(room.utilities, room.uniforms, hours.shape[1], room))
+        return Choices.joined(chosen)
 
-    def _choose_in_steps(self, users: Users, hours: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-        """The same, one choice after the other, so that each may depend on the order of those before it."""
-        u = uniforms(self.config.seed, "choice in steps", users, self.config.history_length + 1)
-        titles = np.full(hours.shape, self.n_titles, dtype=np.int64)
-        log_propensities = np.empty(hours.shape)
-        utilities = self.utilities(users)
-        rows = np.arange(len(users))
-        for step in range(hours.shape[1]):
-            log_probs = utilities.copy()
-            if self.config.order_effect > 0:
-                log_probs += self.carry_over(titles[:, :step], hours[:, :step], hours[:, step])
-            log_probs -= _log_sum_exp(log_probs)[:, None]
-            titles[:, step] = sample_titles(log_probs, u[:, step])
-            log_propensities[:, step] = log_probs[rows, titles[:, step]]
-            utilities[rows, titles[:, step]] = -np.inf
-        return titles, log_propensities
+    def _by_inverse_cdf(self, users: Users, hours: FloatArray) -> Choices:
+        per_round = draws_a_round(self.config.history_length + 1)
+
+        def choose(part: slice, utilities: FloatArray) -> Choices:
+            def draw(turn: int, rows: NDArray[np.int64]) -> FloatArray:
+                u = uniforms(self.config.seed, f"choice, round {turn}", users[part][rows], 2 * per_round)
+                return u.reshape(len(rows), per_round, 2)
+
+            return inverse_cdf(utilities, draw, hours.shape[1])
+
+        return self._in_blocks(users, choose)
+
+    def _by_steps(self, users: Users, hours: FloatArray) -> Choices:
+        def choose(part: slice, utilities: FloatArray) -> Choices:
+            times = hours[part]
+
+            def carry(step: int, titles: NDArray[np.int64]) -> FloatArray:
+                return self.carry_over(titles, times[:, :step], times[:, step])
+
+            u = uniforms(self.config.seed, "choice in steps", users[part], self.config.history_length + 1)
+            return stepwise(utilities, u, times.shape[1], carry if self.config.order_effect > 0 else None)
+
+        return self._in_blocks(users, choose)
+
+    def _in_blocks(self, users: Users, choose: Callable[[slice, FloatArray], Choices]) -> Choices:
+        """``choose`` of each block of users and its utilities, whose memory is used again for the next."""
+        size, fill = self._block_users, self.utility_rows(users)
+        out, scratch = np.empty((2, min(len(users), size), self.n_titles))
+        chosen = []
+        for start in range(0, len(users), size):
+            part = slice(start, min(start + size, len(users)))
+            n = part.stop - start
+            fill(part, out[:n], scratch[:n])
+            chosen.append(choose(part, out[:n]))
+        return Choices.joined(chosen)
+
+    @property
+    def _block_users(self) -> int:
+        """Users for whom titles are chosen at a time; changes no result."""
+        return max(LEAST_BLOCK_USERS, BLOCK_CELLS // self.n_titles)
 
     def generate_log(
         self,
@@ -389,35 +453,44 @@ class WorldBase(ABC):
         """
         if chunk_users < 1:
             raise ConfigError(f"chunk_users must be at least 1, got {chunk_users}")
-        length = self.config.history_length
         users = self.users(split, n_users)
-        chunks = [users[i : i + chunk_users] for i in range(0, len(users), chunk_users)]
-        lengths = self.history_lengths(users)
-        logged = (np.arange(length) < lengths[:, None]).ravel()  # which events of full histories are in the log
-
-        def column(parts: list[NDArray[Any]]) -> NDArray[Any]:
-            return np.concatenate([part.ravel() for part in parts])[logged]
-
-        events = [self.draw_events(chunk, length) for chunk in chunks]
-        titles = column([e.titles for e in events])
-        durations = self.durations[titles].astype(np.float32)
-        watched = column([e.outcome.watched for e in events])
-        propensities = np.exp(column([e.log_propensities for e in events]))
+        chunks = [self._log_columns(users[i : i + chunk_users]) for i in range(0, len(users), chunk_users)]
+        columns = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
+        for values in columns.values():
+            values.flags.writeable = False  # the log need not copy them
+        propensities = columns.pop("propensities")
         return InteractionLog(
-            user=np.repeat(users, lengths),
-            epoch=np.repeat(np.concatenate([self.behaviour(c).epoch for c in chunks]), lengths),
-            step=np.tile(np.arange(length), len(users))[logged],
-            hours=column([e.hours for e in events]).astype(np.float32),
-            title=titles,
-            duration_minutes=durations,
-            watch_minutes=watched.astype(np.float32) * durations,
-            score=column([e.outcome.score for e in events]).astype(np.float32),
+            **columns,
             n_titles=self.n_titles,
             bounded_scores=self.noise.bounded,
             propensities=propensities if expose_propensities else None,
             provenance={"world": type(self).__name__, "split": split, "config": configs.to_dict(self.config)},
             catalogue=self.catalogue,
         )
+
+    def _log_columns(self, users: Users) -> dict[str, NDArray[Any]]:
+        """The columns of a log of these users, in their types: what is kept of a chunk while others are drawn."""
+        length, lengths = self.config.history_length, self.history_lengths(users)
+        events = self.draw_events(users, length)
+        full = bool((lengths == length).all())
+        logged = (np.arange(length) < lengths[:, None]).ravel()  # which events of full histories are in the log
+
+        def column(values: NDArray[Any]) -> NDArray[Any]:
+            return values.ravel() if full else values.ravel()[logged]
+
+        titles = column(events.titles)
+        durations = self.durations[titles].astype(np.float32)
+        return {
+            "user": np.repeat(users, lengths),
+            "epoch": np.repeat(self.behaviour(users).epoch, lengths),
+            "step": column(np.tile(np.arange(length), (len(users), 1))),
+            "hours": column(events.hours).astype(np.float32),
+            "title": titles,
+            "duration_minutes": durations,
+            "watch_minutes": column(events.outcome.watched).astype(np.float32) * durations,
+            "score": column(events.outcome.score).astype(np.float32),
+            "propensities": np.exp(column(events.log_propensities)),
+        }
 
     def contexts(self, n: int, seed: int = 0, split: str = "test") -> Contexts:
         """Users of a split after a full history, and what they really chose next.
@@ -462,7 +535,7 @@ class WorldBase(ABC):
         for start in range(0, len(users), CHUNK_USERS):
             chunk = users[start : start + CHUNK_USERS]
             events = self.draw_events(chunk, self.config.history_length)
-            truth.append(np.take_along_axis(self.satisfaction(chunk), events.titles, axis=1).astype(np.float64))
+            truth.append(self.satisfaction_with(chunk, events.titles).astype(np.float64))
             score.append(events.outcome.score)
         x, y = np.concatenate(score), np.concatenate(truth)
         lengths = self.history_lengths(users)
@@ -478,8 +551,9 @@ class WorldBase(ABC):
         choice: what a perfect model of the score could know of the truth. Exact for the users it averages."""
         users = self.users("train", self.at_most("train", n_users))
         sums = np.zeros(3)
-        for start in range(0, len(users), CHUNK_USERS):
-            chunk = users[start : start + CHUNK_USERS]
+        size = max(LEAST_BLOCK_USERS, min(CHUNK_USERS, CHUNK_CELLS // self.n_titles))
+        for start in range(0, len(users), size):
+            chunk = users[start : start + size]
             weight = np.exp(self.logging_log_probs(chunk, np.empty((len(chunk), 0), dtype=np.int64)))
             x, y = self.expected_score_watched(chunk), self.satisfaction(chunk).astype(np.float64)
             x = x - (weight * x).sum(axis=1, keepdims=True)
@@ -557,12 +631,13 @@ class WorldBase(ABC):
         return self.users(split, n, offset=seed * USERS_PER_CONTEXT_SEED)
 
 
-def products(rows: FloatArray, columns: FloatArray) -> FloatArray:
+def products(rows: FloatArray, columns: FloatArray, out: FloatArray | None = None) -> FloatArray:
     """(n, I) inner products of (n, d) and (I, d), each row the same whatever rows stand beside it.
 
     BLAS chooses its kernel by the number of rows, so the last bits of a user would depend on the chunk.
     """
-    return np.einsum("nd,di->ni", rows, np.ascontiguousarray(columns.T))
+    result: FloatArray = np.einsum("nd,di->ni", rows, np.ascontiguousarray(columns.T), out=out)
+    return result
 
 
 def _log_sum_exp(values: FloatArray) -> FloatArray:
@@ -571,10 +646,3 @@ def _log_sum_exp(values: FloatArray) -> FloatArray:
     safe = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
         return safe + np.log(np.exp(values - safe[:, None]).sum(axis=1))
-
-
-def _top_in_order(keys: FloatArray, k: int) -> NDArray[np.int64]:
-    """(n, k) columns of the k largest keys of each row, largest first."""
-    top = np.argpartition(keys, keys.shape[1] - k, axis=1)[:, keys.shape[1] - k :]
-    order = np.argsort(-np.take_along_axis(keys, top, axis=1), axis=1)
-    return np.take_along_axis(top, order, axis=1)

@@ -1,6 +1,7 @@
 """Counter-based random numbers: what a user gets depends on (seed, purpose, user) and on nothing else."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from recsim_gr import randomness
 from recsim_gr.randomness import derived_seed, generator, stream_key, uniforms
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -89,20 +91,38 @@ def test_no_users_no_numbers(seed: int, per_user: int) -> None:
 class EdgeBits:
     """A stand-in for NumPy's generator that returns the ends of its range, which no seed soon would."""
 
-    def __init__(self, bits: object) -> None:
-        pass
-
-    def random(self, shape: tuple[int, int]) -> NDArray[np.float64]:
-        block = np.zeros(shape)
-        block[:, 1::2] = 1.0 - 2.0**-53
-        return block
+    def random(self, out: NDArray[np.float64]) -> None:
+        out[:] = 0.0
+        out[:, 1::2] = 1.0 - 2.0**-53
 
 
-def test_the_interval_is_open_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(np.random, "Generator", EdgeBits)
-    ends = uniforms(0, "taste", np.arange(3), 2)
+@pytest.mark.parametrize("per_user", [2, 4])
+def test_the_interval_is_open_at_both_ends(monkeypatch: pytest.MonkeyPatch, per_user: int) -> None:
+    monkeypatch.setattr(randomness, "_stream", lambda seed, purpose, counter: EdgeBits())
+    ends = uniforms(0, "taste", np.arange(3), per_user)
     assert ((ends > 0.0) & (ends < 1.0)).all()
     assert np.isfinite(np.log(-np.log(ends))).all()  # Gumbel noise of either end
+
+
+@PROPERTY
+@given(seeds, st.lists(user_ids, min_size=1, max_size=8), widths)
+def test_numbers_go_where_the_caller_wants_them(seed: int, users: list[int], per_user: int) -> None:
+    out = np.full((len(users), per_user), np.nan)
+    returned = uniforms(seed, "choice", np.array(users), per_user, out=out)
+    assert returned is out
+    np.testing.assert_array_equal(out, uniforms(seed, "choice", np.array(users), per_user))
+
+
+def test_threads_do_not_share_a_generator() -> None:
+    # Four threads drawing at once, in stretches long enough that NumPy lets go of the interpreter's lock.
+    def draw(purpose: str) -> NDArray[np.float64]:
+        return np.concatenate([uniforms(0, purpose, np.arange(i, i + 3), 4_000) for i in range(40)])
+
+    names = ["taste", "pull", "noise", "times"]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, names))
+    for purpose, drawn in zip(names, together, strict=True):
+        np.testing.assert_array_equal(drawn, draw(purpose))
 
 
 def test_numbers_are_uniform_within_a_user_and_across_users() -> None:

@@ -27,6 +27,7 @@ from recsim_gr.log import COLUMNS, InteractionLog
 from recsim_gr.noise import NOISE_MODELS, Exposure, Scores
 from recsim_gr.randomness import uniforms
 from recsim_gr.world import World, WorldConfig
+from recsim_gr.world_base import Rows
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 STATISTICAL = settings(max_examples=8, deadline=None, derandomize=True)
@@ -166,8 +167,11 @@ class FixedUtilities(World):
 
     fixed = np.array([1.5, 0.0, -0.7, 0.4, 0.9])
 
-    def utilities(self, users: Users) -> FloatArray:
-        return np.tile(self.fixed, (len(users), 1))
+    def utility_rows(self, users: Users) -> Rows:
+        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+            out[...] = self.fixed
+
+        return fill
 
 
 def test_choices_have_the_frequencies_of_a_plackett_luce_sequence() -> None:
@@ -330,9 +334,9 @@ def test_every_purpose_is_one_stream_with_one_stretch_a_user(monkeypatch: pytest
     # Two uses of a stream overlap, and a stream that is cut in two ways hands a user the numbers of another.
     asked: dict[str, set[tuple[str, int]]] = {}
 
-    def spy(seed: int, purpose: str, users: Users, per_user: int) -> FloatArray:
+    def spy(seed: int, purpose: str, users: Users, per_user: int, out: FloatArray | None = None) -> FloatArray:
         asked.setdefault(purpose, set()).add((sys._getframe(1).f_code.co_name, per_user))
-        return uniforms(seed, purpose, users, per_user)
+        return uniforms(seed, purpose, users, per_user, out)
 
     monkeypatch.setattr(world_module, "uniforms", spy)
     monkeypatch.setattr(world_base_module, "uniforms", spy)
