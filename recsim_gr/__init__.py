@@ -11,7 +11,9 @@ from recsim_gr._registration import register_environments
 if TYPE_CHECKING:
     from recsim_gr import agents, benchmarks, envs
     from recsim_gr.backbone import HSTU, HSTUConfig
+    from recsim_gr.estimators import Estimate, estimate
     from recsim_gr.log import InteractionLog
+    from recsim_gr.logged_truth import LogTruth, log_truth
     from recsim_gr.observations import Contexts, Observations
     from recsim_gr.pretraining import pretrain
     from recsim_gr.replay import ReplayConfig, ReplayWorld
@@ -25,7 +27,11 @@ __version__ = "0.1.0"
 _HOME = {
     "HSTU": "backbone",
     "HSTUConfig": "backbone",
+    "Estimate": "estimators",
+    "estimate": "estimators",
     "InteractionLog": "log",
+    "LogTruth": "logged_truth",
+    "log_truth": "logged_truth",
     "Contexts": "observations",
     "Observations": "observations",
     "pretrain": "pretraining",
@@ -48,10 +54,12 @@ _PACKAGES = ("agents", "benchmarks", "envs")
 __all__ = [
     "HSTU",
     "Contexts",
+    "Estimate",
     "Evaluation",
     "Examination",
     "HSTUConfig",
     "InteractionLog",
+    "LogTruth",
     "Observations",
     "ReplayConfig",
     "ReplayWorld",
@@ -63,8 +71,10 @@ __all__ = [
     "agents",
     "benchmarks",
     "envs",
+    "estimate",
     "evaluate",
     "fit_reward_ensemble",
+    "log_truth",
     "pretrain",
 ]
 

@@ -40,5 +40,9 @@ class MissingPropensitiesError(RecsimError, ValueError):
     """An algorithm that needs propensities was handed a log made without them."""
 
 
+class EstimationError(RecsimError, ValueError):
+    """Weights, propensities, scores or predictions that no off-policy estimator can use; names the first event."""
+
+
 class PolicyError(RecsimError, ValueError):
     """An agent whose answer is no policy: wrong shape, not normalised, or weight on a seen title."""

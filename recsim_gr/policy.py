@@ -60,10 +60,22 @@ def log_probs_of(policy: Any, observations: Observations, truth: Truth, users: N
     Raises:
         PolicyError: wrong shape, NaN, weight on a title that is seen or not out yet, or rows that do not sum to 1.
     """
-    name = getattr(policy, "name", type(policy).__name__)
-    barred = observations.unavailable()
     if is_referee(policy):
         return _all_on_the_best(ranking_scores(policy, observations, truth, users))
+    return agent_log_probs(policy, observations)
+
+
+def agent_log_probs(policy: Any, observations: Observations) -> FloatArray:
+    """(n, I) float64 log π(a | x) of an agent, checked and normalised.
+
+    Raises:
+        PolicyError: a referee, which needs the truth; or wrong shape, NaN, weight on a title that is seen or not out
+            yet, or rows that do not sum to 1.
+    """
+    name = getattr(policy, "name", type(policy).__name__)
+    if is_referee(policy):
+        raise PolicyError(f"{name} is a referee and answers only where the truth is known; ask the world, not a log")
+    barred = observations.unavailable()
     log_probs = _checked(policy.log_probs(observations), barred, name)
     if not np.isneginf(log_probs[barred]).all():
         what = "already seen" if not np.isneginf(log_probs[observations.seen()]).all() else "that is not out yet"
