@@ -307,7 +307,7 @@ def test_contexts_times_titles_are_never_held_at_once(monkeypatch: pytest.Monkey
 
 
 def test_only_what_needs_propensities_asks_for_them() -> None:
-    world, log = small_log()
+    _, log = small_log()
     hidden = replace(log, propensities=None)
     model = ByMeans(log)
     for name, method in ESTIMATORS.items():
