@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from recsim_gr.errors import ConfigError, EstimationError, UnknownNameError
@@ -110,7 +110,7 @@ class Estimate:
 # -- pure functions: arrays of events to per-event values -----------------------------------------------------------
 
 
-def importance_weights(log_probs: NDArray[Any], propensities: NDArray[Any]) -> FloatArray:
+def importance_weights(log_probs: ArrayLike, propensities: ArrayLike) -> FloatArray:
     """(E,) w = π(a|x)/μ(a|x).
 
     Args:
@@ -118,16 +118,18 @@ def importance_weights(log_probs: NDArray[Any], propensities: NDArray[Any]) -> F
         propensities: (E,) μ of the logged title, in (0, 1].
 
     Raises:
-        EstimationError: a propensity outside (0, 1], a log-probability that is NaN or above 0, or unequal shapes.
+        EstimationError: a propensity outside (0, 1], a log-probability that is NaN or above 0, unequal shapes, or a
+            weight too large for a float64.
     """
-    log_probs, propensities = np.asarray(log_probs, dtype=np.float64), np.asarray(propensities, dtype=np.float64)
-    _same_shape(log_probs=log_probs, propensities=propensities)
-    _refuse("propensities", propensities, ~((propensities > 0) & (propensities <= 1)), "in (0, 1]")
-    _refuse("log_probs", log_probs, ~(log_probs <= 1e-6), "at most 0")  # rounding may leave log 1 just above 0
-    return np.exp(log_probs - np.log(propensities))
+    log_pi, mu = np.asarray(log_probs, dtype=np.float64), np.asarray(propensities, dtype=np.float64)
+    _same_shape(log_probs=log_pi, propensities=mu)
+    _refuse("propensities", mu, ~((mu > 0) & (mu <= 1)), "in (0, 1]")
+    _refuse("log_probs", log_pi, ~(log_pi <= 1e-6), "at most 0")  # rounding may leave log 1 just above 0
+    with np.errstate(over="ignore"):
+        return _weights(np.exp(log_pi - np.log(mu)))
 
 
-def clipped(weights: NDArray[Any], clip: float) -> FloatArray:
+def clipped(weights: ArrayLike, clip: float) -> FloatArray:
     """(E,) min(w, clip): less variance for a bias towards 0 (Ionides 2008, truncated importance sampling).
 
     Raises:
@@ -138,7 +140,7 @@ def clipped(weights: NDArray[Any], clip: float) -> FloatArray:
     return np.minimum(_weights(weights), clip)
 
 
-def ips(weights: NDArray[Any], scores: NDArray[Any]) -> FloatArray:
+def ips(weights: ArrayLike, scores: ArrayLike) -> FloatArray:
     """(E,) w·r.
 
     Raises:
@@ -149,7 +151,7 @@ def ips(weights: NDArray[Any], scores: NDArray[Any]) -> FloatArray:
     return w * r
 
 
-def snips(weights: NDArray[Any], scores: NDArray[Any]) -> FloatArray:
+def snips(weights: ArrayLike, scores: ArrayLike) -> FloatArray:
     """(E,) V̂ + w·(r − V̂)/w̄ with V̂ = Σwr/Σw: their mean is V̂.
 
     Raises:
@@ -160,7 +162,7 @@ def snips(weights: NDArray[Any], scores: NDArray[Any]) -> FloatArray:
     return _self_normalised(w, r)
 
 
-def dm(policy_prediction: NDArray[Any]) -> FloatArray:
+def dm(policy_prediction: ArrayLike) -> FloatArray:
     """(E,) Σ_a' π(a'|x)·q̂(x,a'), which asks nothing of the log but its contexts.
 
     Raises:
@@ -170,10 +172,10 @@ def dm(policy_prediction: NDArray[Any]) -> FloatArray:
 
 
 def dr(
-    weights: NDArray[Any],
-    scores: NDArray[Any],
-    logged_prediction: NDArray[Any],
-    policy_prediction: NDArray[Any],
+    weights: ArrayLike,
+    scores: ArrayLike,
+    logged_prediction: ArrayLike,
+    policy_prediction: ArrayLike,
 ) -> FloatArray:
     """(E,) Σ_a' π(a'|x)·q̂(x,a') + w·(r − q̂(x,a)).
 
@@ -187,10 +189,10 @@ def dr(
 
 
 def sndr(
-    weights: NDArray[Any],
-    scores: NDArray[Any],
-    logged_prediction: NDArray[Any],
-    policy_prediction: NDArray[Any],
+    weights: ArrayLike,
+    scores: ArrayLike,
+    logged_prediction: ArrayLike,
+    policy_prediction: ArrayLike,
 ) -> FloatArray:
     """(E,) as `dr`, with the mean correction divided by the mean weight.
 
@@ -229,11 +231,11 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def interval(
-    values: NDArray[Any],
+    values: ArrayLike,
     users: NDArray[np.int64],
     *,
     about: str = "users",
-    centres: NDArray[Any] | None = None,
+    centres: ArrayLike | None = None,
     level: float = 0.95,
 ) -> Interval:
     """The mean of per-event values and its Student-t interval over users.
@@ -285,7 +287,7 @@ def estimate_from(
     *,
     clip: float | None = None,
     about: str = "users",
-    centres: NDArray[Any] | None = None,
+    centres: ArrayLike | None = None,
     level: float = 0.95,
 ) -> Estimate:
     """As `estimate`, from terms that are known already: several estimators share them.
@@ -306,7 +308,7 @@ def estimate_from(
     return Estimate(estimator, about, level, *found, effective_sample_size=size, values=values)
 
 
-def effective_sample_size(weights: NDArray[Any]) -> float:
+def effective_sample_size(weights: ArrayLike) -> float:
     """(Σw)²/Σw² (Kish 1965); 0 where no event has weight.
 
     Raises:
@@ -445,7 +447,7 @@ def _self_normalised(w: FloatArray, r: FloatArray) -> FloatArray:
 
 
 def _residuals(
-    weights: NDArray[Any], scores: NDArray[Any], logged: NDArray[Any], expected: NDArray[Any]
+    weights: ArrayLike, scores: ArrayLike, logged: ArrayLike, expected: ArrayLike
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     w, r = _weights(weights), _finite("scores", scores)
     q, v = _finite("logged_prediction", logged), _finite("policy_prediction", expected)
@@ -479,13 +481,13 @@ def _check_target(about: str, centres: object, level: float) -> None:
         raise ConfigError(f"level must be between 0 and 1, got {level!r}")
 
 
-def _weights(weights: NDArray[Any]) -> FloatArray:
+def _weights(weights: ArrayLike) -> FloatArray:
     w = _finite("weights", weights)
     _refuse("weights", w, w < 0, "0 or more")
     return w
 
 
-def _finite(name: str, values: NDArray[Any], shape: tuple[int, ...] | None = None) -> FloatArray:
+def _finite(name: str, values: ArrayLike, shape: tuple[int, ...] | None = None) -> FloatArray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != (1 if shape is None else len(shape)) or (shape is not None and array.shape != shape):
         wanted = "one number an event" if shape is None else f"of shape {shape}"

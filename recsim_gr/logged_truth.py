@@ -132,5 +132,4 @@ def log_truth(
             q = np.asarray(reward_model.mean(observations), dtype=np.float64)
             second = (ratio * (square - 2.0 * q * mean + q**2)).sum(axis=1)
             out[5, events] = second - (pi * (mean - q)).sum(axis=1) ** 2
-    *figures, of_dr = out
-    return LogTruth(*figures, dr_variance=None if reward_model is None else of_dr)
+    return LogTruth(out[0], out[1], out[2], out[3], out[4], None if reward_model is None else out[5])

@@ -526,14 +526,17 @@ def case(request: pytest.FixtureRequest) -> Case:
     return drawn(*CASES[request.param])
 
 
+def rows_of(whole: Any, part: slice) -> list[Any]:
+    """The columns of terms or of a truth, cut to some events."""
+    columns = whole if isinstance(whole, Terms) else [getattr(whole, field.name) for field in fields(whole)]
+    return [column[part] for column in columns]
+
+
 def logs_of(case: Case) -> list[tuple[Terms, LogTruth]]:
     """The case, a log at a time."""
     size = USERS * LENGTH
     parts = [slice(start, start + size) for start in range(0, len(case.terms.users), size)]
-    names = [field.name for field in fields(LogTruth)]
-    return [
-        (Terms(*(x[p] for x in case.terms)), LogTruth(*(getattr(case.truth, name)[p] for name in names))) for p in parts
-    ]
+    return [(Terms(*rows_of(case.terms, part)), LogTruth(*rows_of(case.truth, part))) for part in parts]
 
 
 def binomially_compatible(hits: int, of: int, level: float, alternative: str = "two-sided") -> bool:
@@ -575,15 +578,16 @@ def event_errors(case: Case, name: str) -> FloatArray:
     assert terms.logged_prediction is not None
     assert terms.policy_prediction is not None
     grand = float(truth.score_value.mean())
-    baseline = {"ips": 0.0, "snips": grand, "dr": terms.logged_prediction}[name]
-    added = {"ips": 0.0, "snips": grand, "dr": terms.policy_prediction}[name]
-    return terms.weights * (terms.scores - baseline) + added - truth.score_value
+    baseline: Any = {"ips": 0.0, "snips": grand, "dr": terms.logged_prediction}[name]
+    added: Any = {"ips": 0.0, "snips": grand, "dr": terms.policy_prediction}[name]
+    error: FloatArray = terms.weights * (terms.scores - baseline) + added - truth.score_value
+    return error
 
 
 def by_user(case: Case, values: FloatArray) -> FloatArray:
     """(users,) sums of per-event values."""
     _, row = np.unique(case.terms.users, return_inverse=True)
-    return np.bincount(row, weights=values)
+    return np.bincount(row, weights=values).astype(np.float64)
 
 
 def deviations_from_0(values: FloatArray) -> float:
