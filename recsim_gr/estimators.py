@@ -10,7 +10,7 @@ whose mean is the estimate; mean and interval are made once, in `interval`.
 | ``snips`` | V̂ + w·(r − V̂)/w̄, with V̂ = Σwr/Σw | Swaminathan & Joachims 2015 |
 | ``dm`` | Σ_a' π(a'|x)·q̂(x,a') | the direct method |
 | ``dr`` | Σ_a' π(a'|x)·q̂(x,a') + w·(r − q̂(x,a)) | Dudík, Langford & Li 2011 |
-| ``sndr`` | dm + R̂ + w·(r − q̂(x,a) − R̂)/w̄, with R̂ = Σw(r − q̂)/Σw | the same, self-normalised |
+| ``sndr`` | dm + R̂ + w·(r − q̂(x,a) − R̂)/w̄, with R̂ = Σw(r − q̂)/Σw | Thomas & Brunskill 2016 (weighted DR) |
 
 The self-normalised ones are ratios of two means. What stands above is each event's part in their linearisation, so that
 its spread is the delta method's variance.
@@ -245,8 +245,9 @@ def interval(
       on the log's own contexts as well, more often than ``level``, since the users' differences are in it.
     * ``about="contexts"``: the users are held, and what varies is which titles they were shown and what they scored.
       - With ``centres``, what each event's value is expected to be given its context, residuals are taken from those
-        and clustered by user: exact with V(x) from a world (`recsim_gr.log_truth`), and a little wide with a reward
-        model's direct method.
+        and clustered by user: exact with V(x) from a world (`recsim_gr.log_truth`). A reward model's predictions are no
+        such centres: they read the scores before the event, whose luck is in the residuals too, and the interval
+        comes out too narrow.
       - Without, users are strata: the spread of the values within each user. That takes V(x) for constant along a
         history and the errors of a user's events for uncorrelated, which they are (martingale differences) under
         every noise without memory. Where noise lasts from event to event, as ``drift``, give centres or say
