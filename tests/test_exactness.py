@@ -38,7 +38,7 @@ from recsim_gr.noise import NOISE_MODELS, Exposure
 from recsim_gr.randomness import uniforms
 from recsim_gr.world import World, WorldConfig
 
-PROPERTY = settings(max_examples=20, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 
 FloatArray = NDArray[np.float64]
 Users = NDArray[np.int64]
