@@ -215,7 +215,12 @@ def draws_a_round(length: int) -> int:
     return length + length // 4 + 4
 
 
-def inverse_cdf(utilities: FloatArray, uniforms: Callable[[int, Titles], FloatArray], length: int) -> Choices:
+def inverse_cdf(
+    utilities: NDArray[np.floating],
+    uniforms: Callable[[int, Titles], FloatArray],
+    length: int,
+    exact: Callable[[Titles, Titles], FloatArray] | None = None,
+) -> Choices:
     """Titles drawn with replacement, repeats skipped, which is a Plackett–Luce sequence.
 
     Weights stand in blocks of about sqrt(I) titles: one uniform chooses the block by its sum, another the title
@@ -229,18 +234,21 @@ def inverse_cdf(utilities: FloatArray, uniforms: Callable[[int, Titles], FloatAr
     anew. Relative errors of propensities and of frequencies stay near 1e-6.
 
     Args:
-        utilities: (n, I) float64; -inf for a title that cannot be chosen.
+        utilities: (n, I) float64, or float32 if ``exact`` is given; -inf for a title that cannot be chosen.
         uniforms: called with a round, from 0, and the (r,) rows that draw in it; returns (r, m, 2) uniforms in
             (0, 1), m the same in every call, which must depend on nothing but the user and the round. With m taken
             from the longest sequence ever asked for (`draws_a_round`), shorter ones are its beginning.
         length: k, at most as many as can be chosen.
+        exact: float64 utilities of rows and titles that broadcast against each other, for the few for which float32
+            is not enough: chosen ones, and blocks that are weighed anew.
 
     Raises:
         ConfigError: a row with fewer than ``length`` titles to choose from, or with a utility that is not a number.
     """
     n, n_titles = utilities.shape
     _refuse_length(length, n_titles)
-    catalogue = _Blocks(utilities)
+    exact = exact or (lambda rows, titles: utilities[rows, titles].astype(np.float64))
+    catalogue = _Blocks(utilities, exact)
     titles = np.full((n, length), n_titles, dtype=np.int64)  # padded with a title that is in no block
     have = np.zeros(n, dtype=np.int64)
     for turn in range(length):
@@ -255,7 +263,7 @@ def inverse_cdf(utilities: FloatArray, uniforms: Callable[[int, Titles], FloatAr
         titles[rows, rank[new]] = drawn[new]
         have[short] += new.sum(axis=1)
         catalogue.remove(rows, drawn[new], titles)
-    chosen = np.take_along_axis(utilities, titles, axis=1)
+    chosen = exact(np.arange(n)[:, None], titles)
     rest = _log_sum_exp(catalogue.log_masses())
     return Choices(titles, chosen - _log_masses_left(rest, chosen))
 
@@ -263,9 +271,9 @@ def inverse_cdf(utilities: FloatArray, uniforms: Callable[[int, Titles], FloatAr
 class _Blocks:
     """The weights of n users' catalogues, in blocks: (n, B, S) float32, each block relative to its own ``shift``."""
 
-    def __init__(self, utilities: FloatArray) -> None:
+    def __init__(self, utilities: NDArray[np.floating], exact: Callable[[Titles, Titles], FloatArray]) -> None:
         n, n_titles = utilities.shape
-        self.utilities = utilities
+        self.n_titles, self.exact = n_titles, exact
         self.size = _PART * math.ceil(math.sqrt(n_titles) / _PART)
         self.n_blocks = math.ceil(n_titles / self.size)
         self.weights = np.empty((n, self.n_blocks, self.size), dtype=np.float32)
@@ -277,15 +285,14 @@ class _Blocks:
             self.weights[:, whole:] = 0.0
             self._weigh(slice(whole, None), utilities[:, None, whole * self.size :])
 
-    def _weigh(self, blocks: slice, utilities: FloatArray) -> None:
+    def _weigh(self, blocks: slice, utilities: NDArray[np.floating]) -> None:
         """Fills the weights of some blocks from (n, b, s) utilities."""
-        top = utilities.max(axis=2)
+        top = utilities.max(axis=2).astype(np.float64)
         if not (top < np.inf).all():
             raise ConfigError("utilities must be numbers below infinity, got NaN or inf for some title")
         shift = _shift(top, UNSHIFTED_BLOCK)
         weights = self.weights[:, blocks, : utilities.shape[2]]
-        weights[...] = _shifted(utilities, shift, weights)
-        np.exp(weights, out=weights)
+        np.exp(_shifted(utilities, shift, weights), out=weights, dtype=np.float32, casting="same_kind")
         self.shift[:, blocks] = shift
         self.sums[:, blocks] = weights.sum(axis=2)
 
@@ -320,10 +327,9 @@ class _Blocks:
 
     def _weigh_anew(self, rows: Titles, block: Titles, chosen: Titles) -> None:
         """Weighs single blocks relative to the largest of what is left in them."""
-        n_titles = self.utilities.shape[1]
         places = block[:, None] * self.size + np.arange(self.size)
-        left = self.utilities[rows[:, None], np.minimum(places, n_titles - 1)]
-        left[places >= n_titles] = -np.inf
+        left = self.exact(rows[:, None], np.minimum(places, self.n_titles - 1))
+        left[places >= self.n_titles] = -np.inf
         gone = chosen[rows] - block[:, None] * self.size
         pair, which = np.nonzero((gone >= 0) & (gone < self.size))
         left[pair, gone[pair, which]] = -np.inf
@@ -437,7 +443,7 @@ def _shift(top: FloatArray, unshifted: float) -> FloatArray:
     return np.where((np.abs(top) <= unshifted) | ~np.isfinite(top), 0.0, top)
 
 
-def _shifted(utilities: FloatArray, shift: FloatArray, out: NDArray[Any]) -> NDArray[Any]:
+def _shifted(utilities: NDArray[Any], shift: FloatArray, out: NDArray[Any]) -> NDArray[Any]:
     """Utilities less the shift of their row, in ``out`` if need be; subtracting 0 changes no bit, so a row's result
     does not depend on whether another row needs a shift."""
     if not shift.any():

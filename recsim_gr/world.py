@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,11 @@ from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, Rows, WorldBase, products
+from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, RoughUtilities, Rows, WorldBase, products
+
+STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32 = 4.0, 24.0
+"""Large catalogues are weighed in float32 up to here: pulls rarely exceed 5 deviations, so utilities stay below about
+32, where float32 is good to 2e-6. Steeper ones take float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,27 +172,52 @@ class World(WorldBase):
         return fill
 
     @cached_property
-    def _utility_columns(self) -> FloatArray:
-        """(d + n_epochs, I): traits and appeals, of which a user's utilities are a weighted sum."""
-        return np.concatenate([self._traits_by_axis, self.appeal])
+    def _utility_columns(self) -> dict[type[np.floating], NDArray[np.floating]]:
+        """(d + n_epochs, I), in two precisions: traits and appeals, of which utilities are weighted sums."""
+        columns = np.concatenate([self._traits_by_axis, self.appeal])
+        return {np.float64: columns, np.float32: columns.astype(np.float32)}
+
+    def _utility_weights(self, users: Users) -> tuple[FloatArray, NDArray[np.int64]]:
+        """(n, d + n_epochs): how much each user makes of each column; and their epochs."""
+        who, d = self.behaviour(users), self.config.taste_dimensions
+        weights = np.zeros((len(users), d + self.config.n_epochs))
+        weights[:, :d] = self.config.pull_strength * self.pull_vectors(users)
+        weights[np.arange(len(users)), d + who.epoch] = 1.0 - who.discernment
+        return weights, who.epoch
 
     def utility_rows(self, users: Users) -> Rows:
         if self.n_titles <= LARGE_CATALOGUE:
             return super().utility_rows(users)
-        who, d, columns = self.behaviour(users), self.config.taste_dimensions, self._utility_columns
-        weights = np.zeros((len(users), len(columns)))
-        weights[:, :d] = self.config.pull_strength * self.pull_vectors(users)
-        weights[np.arange(len(users)), d + who.epoch] = 1.0 - who.discernment
+        return self._utility_sums(*self._utility_weights(users), np.float64)
 
-        def fill(part: slice, out: FloatArray, scratch: FloatArray) -> None:
+    def _utility_sums(self, weights: FloatArray, epoch: NDArray[np.int64], kind: type[np.floating]) -> Rows:
+        """The sums, `LEAST_BLOCK_USERS` at a time: products of one shape, or the last bits of a user would depend on
+        the block (see `products`)."""
+        columns, weights = self._utility_columns[kind], weights.astype(kind)
+
+        def fill(part: slice, out: NDArray[Any], scratch: NDArray[Any]) -> None:
             for start in range(0, len(out), LEAST_BLOCK_USERS):
                 here, rows = out[start : start + LEAST_BLOCK_USERS], weights[part][start : start + LEAST_BLOCK_USERS]
                 if len(rows) == LEAST_BLOCK_USERS:
                     np.matmul(rows, columns, out=here)
-                else:  # products of one shape, or the last bits would depend on the block: see `products`
-                    padding = np.zeros((LEAST_BLOCK_USERS - len(rows), len(columns)))
+                else:
+                    padding = np.zeros((LEAST_BLOCK_USERS - len(rows), len(columns)), dtype=kind)
                     here[...] = (np.concatenate([rows, padding]) @ columns)[: len(rows)]
             if self.config.cold_share > 0:
-                out[self.catalogue.unreleased(who.epoch[part])] = -np.inf
+                out[self.catalogue.unreleased(epoch[part])] = -np.inf
 
         return fill
+
+    def _rough_utilities(self, users: Users) -> RoughUtilities | None:
+        steep = self.config.pull_strength > STEEPEST_PULL_IN_FLOAT32 or self.appeal.max() > HIGHEST_APPEAL_IN_FLOAT32
+        if self.n_titles <= LARGE_CATALOGUE or steep:
+            return None
+        weights, epoch = self._utility_weights(users)
+        columns = self._utility_columns[np.float64]
+
+        def exact(rows: NDArray[np.int64], titles: NDArray[np.int64]) -> FloatArray:
+            utilities: FloatArray = np.einsum("...j,j...->...", weights[rows], columns[:, titles])
+            unreleased = self.catalogue.release[titles] > epoch[rows]
+            return np.where(unreleased, -np.inf, utilities)
+
+        return RoughUtilities(self._utility_sums(weights, epoch, np.float32), exact)

@@ -70,8 +70,20 @@ USERS_PER_CONTEXT_SEED = 1_000_000
 """Simulated users are unlimited: each split owns a block of ids, each seed of `contexts` a part of the block."""
 
 
-Rows = Callable[[slice, FloatArray, FloatArray], None]
+Rows = Callable[[slice, NDArray[Any], NDArray[Any]], None]
 """Writes what users ``slice`` feel for each title into an (n, I) array; the second array is room to work in."""
+
+
+class RoughUtilities(NamedTuple):
+    """Utilities in float32, and single ones in float64.
+
+    Attributes:
+        fill: writes float32 utilities.
+        exact: float64 utilities of users (by their place) and titles that broadcast against each other.
+    """
+
+    fill: Rows
+    exact: Callable[[NDArray[np.int64], NDArray[np.int64]], FloatArray]
 
 
 class Reliability(NamedTuple):
@@ -393,15 +405,21 @@ class WorldBase(ABC):
 
     def _by_inverse_cdf(self, users: Users, hours: FloatArray) -> Choices:
         per_round = draws_a_round(self.config.history_length + 1)
+        rough = self._rough_utilities(users)
 
-        def choose(part: slice, utilities: FloatArray) -> Choices:
+        def choose(part: slice, utilities: NDArray[Any]) -> Choices:
             def draw(turn: int, rows: NDArray[np.int64]) -> FloatArray:
                 u = uniforms(self.config.seed, f"choice, round {turn}", users[part][rows], 2 * per_round)
                 return u.reshape(len(rows), per_round, 2)
 
-            return inverse_cdf(utilities, draw, hours.shape[1])
+            exact = (lambda rows, titles: rough.exact(part.start + rows, titles)) if rough else None
+            return inverse_cdf(utilities, draw, hours.shape[1], exact)
 
-        return self._in_blocks(users, choose)
+        return self._in_blocks(users, choose, rough)
+
+    def _rough_utilities(self, users: Users) -> RoughUtilities | None:
+        """Utilities in float32, where a world has them more cheaply and float32 is enough."""
+        return None
 
     def _by_steps(self, users: Users, hours: FloatArray) -> Choices:
         def choose(part: slice, utilities: FloatArray) -> Choices:
@@ -415,10 +433,13 @@ class WorldBase(ABC):
 
         return self._in_blocks(users, choose)
 
-    def _in_blocks(self, users: Users, choose: Callable[[slice, FloatArray], Choices]) -> Choices:
+    def _in_blocks(
+        self, users: Users, choose: Callable[[slice, NDArray[Any]], Choices], rough: RoughUtilities | None = None
+    ) -> Choices:
         """``choose`` of each block of users and its utilities, whose memory is used again for the next."""
-        size, fill = self._block_users, self.utility_rows(users)
-        out, scratch = np.empty((2, min(len(users), size), self.n_titles))
+        size, fill = self._block_users, rough.fill if rough else self.utility_rows(users)
+        shape = (2, min(len(users), size), self.n_titles)
+        out, scratch = np.empty(shape, dtype=np.float32 if rough else np.float64)
         chosen = []
         for start in range(0, len(users), size):
             part = slice(start, min(start + size, len(users)))

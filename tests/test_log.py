@@ -549,3 +549,16 @@ def test_a_row_of_the_first_illegal_cell_is_named(columns: Columns) -> None:
     assume(len(columns["user"]) > 1)
     columns["score"][1:] = 9.0
     assert refusal_of(columns | {"bounded_scores": True}).startswith("row 1 of the log: score must be")
+
+
+def test_only_columns_that_nobody_can_write_to_are_not_copied() -> None:
+    title = np.array([4, 0, 2])
+    assert not np.shares_memory(InteractionLog(**one_user(title=title)).title, title)
+    view = title[:]
+    view.flags.writeable = False  # but the array under it can be written to
+    assert not np.shares_memory(InteractionLog(**one_user(title=view)).title, title)
+    title.flags.writeable = False
+    assert InteractionLog(**one_user(title=title)).title is title
+    short = title.astype(np.int32)
+    short.flags.writeable = False
+    assert InteractionLog(**one_user(title=short)).title.dtype == np.int64

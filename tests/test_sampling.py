@@ -271,7 +271,7 @@ def test_small_titles_of_a_large_catalogue_are_drawn() -> None:
     utilities = np.full((1, 100_000), math.log(1e-8))
     utilities[0, 31] = 0.0
     assert np.float32(1.0) + np.float32(1e-8) == np.float32(1.0)
-    blocks = sampling._Blocks(utilities)
+    blocks = sampling._Blocks(utilities, lambda rows, titles: utilities[rows, titles])
     n, small_mass = 500_000, 99_999e-8 / (1.0 + 99_999e-8)
     titles = np.concatenate(
         [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recsim_gr import world_base
 from recsim_gr.behaviour import LARGE_CATALOGUE, SAMPLERS, SPLITS
 from recsim_gr.log import COLUMNS, InteractionLog
-from recsim_gr.world import World, WorldConfig
+from recsim_gr.world import STEEPEST_PULL_IN_FLOAT32, World, WorldConfig
 from recsim_gr.world_base import products
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
@@ -147,9 +147,11 @@ def test_large_catalogues_are_drawn_by_inverse_cdf() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 17, 32])
-def test_the_chunk_changes_no_bit_of_a_large_catalogue(chunk: int) -> None:
+@pytest.mark.parametrize("pull_strength", [2.0, 20.0])
+def test_the_chunk_changes_no_bit_of_a_large_catalogue(chunk: int, pull_strength: float) -> None:
     # 37 users are two full blocks of the products and a part of one; chunks put users at other places in them
-    assert_same_log(log_of(LARGE, 37, chunk_users=chunk), log_of(LARGE, 37))
+    config = replace(LARGE, pull_strength=pull_strength)  # weighed in float32, and in float64
+    assert_same_log(log_of(config, 37, chunk_users=chunk), log_of(config, 37))
 
 
 @pytest.mark.parametrize("cold_share", [0.0, 0.3])
@@ -164,15 +166,44 @@ def test_utilities_of_a_large_catalogue_are_those_of_pull_and_appeal(cold_share:
     np.testing.assert_allclose(world.utilities(users), exact, rtol=0, atol=1e-13)
 
 
-def test_propensities_of_a_large_catalogue_are_those_of_the_prefixes() -> None:
-    world = World(LARGE)
-    users = world.users("train", 6)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pull_strength": STEEPEST_PULL_IN_FLOAT32, "appeal_tail": 1.5},  # the steepest that float32 may weigh
+        {"pull_strength": 60.0, "appeal_tail": 4.0},  # weighed in float64
+        {"cold_share": 0.3},
+    ],
+)
+def test_propensities_of_a_large_catalogue_are_those_of_the_prefixes(changes: dict[str, Any]) -> None:
+    config = replace(LARGE, **changes)
+    world = World(config)
+    users = world.users("train", 40)
     events = world.draw_events(users, 12)
+    assert not np.isneginf(np.take_along_axis(world.utilities(users), events.titles, axis=1)).any()
     for step in (0, 5, 11):
         history = events.titles.copy()
-        history[:, step:] = LARGE.n_titles
+        history[:, step:] = config.n_titles
         asked = np.take_along_axis(world.logging_log_probs(users, history), events.titles[:, [step]], axis=1)
-        np.testing.assert_allclose(events.log_propensities[:, [step]], asked, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(events.log_propensities[:, [step]], asked, rtol=0, atol=5e-6)
+
+
+def test_the_first_choice_of_a_large_catalogue_is_the_softmax() -> None:
+    # Titles sorted by probability into 30 groups a user, of equal probability as far as it goes.
+    world = World(LARGE)
+    users = world.users("train", 1_000)
+    first = world.draw_events(users, 1).titles[:, 0]
+    observed, expected, variance = np.zeros((3, 30))
+    for user, title in zip(users, first, strict=True):
+        p = np.exp(world.logging_log_probs(np.array([user]), np.empty((1, 0), dtype=np.int64)))[0]
+        order = np.argsort(p)
+        group = np.empty(len(p), dtype=np.int64)
+        group[order] = np.minimum((np.cumsum(p[order]) * 30).astype(np.int64), 29)
+        share = np.bincount(group, p, minlength=30)
+        observed[group[title]] += 1
+        expected += share
+        variance += share * (1.0 - share)
+    assert np.abs((observed - expected) / np.sqrt(variance)).max() < 4.0
 
 
 def peak_megabytes(config: WorldConfig, n_users: int) -> float:
