@@ -2,13 +2,16 @@
 
 An episode is one step: a context (a user's history), a title, its reward. `Bandit` knows contexts and
 rewards, for many episodes at a time and without state. `Episodes` says which context comes in an episode and
-with which noise: both follow from (seed, number of the episode) alone, by two independent streams. So the
+with which noise: both follow from (seed, number of the episode) alone, by independent streams. So the
 single environment and the vector environment beside it, whatever its width, play the same episodes.
+
+With ``horizon`` above 1 an episode is a session: `Sessions` holds what was shown in it so far.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, seen_mask
-from recsim_gr.randomness import uniforms
+from recsim_gr.randomness import HALF_STEP, generator
 
 FloatArray = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -43,20 +46,53 @@ class Played(NamedTuple):
     info: dict[str, NDArray[Any]]
 
 
+class Sessions(Protocol):
+    """n sessions that run at once, each at its own step."""
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """(n,): whether each has ended, and waits for `start`."""
+        ...
+
+    def start(self, lanes: Rows, rows: Rows, u: FloatArray) -> None:
+        """Begins sessions in the given lanes, (k,): with the contexts at (k,) ``rows`` and the noise of all their
+        steps, (k, horizon, uniforms_per_step)."""
+        ...
+
+    def observe(self) -> dict[str, NDArray[Any]]:
+        """Fresh arrays of n rows, as the bandit's `observation_space` describes them."""
+        ...
+
+    def action_mask(self) -> NDArray[np.int8]:
+        """(n, I): 1 for titles that are out and have not been seen yet."""
+        ...
+
+    def step(self, titles: Rows, *, regret: bool) -> Played:
+        """Shows each user one of (n,) titles. Where the session goes on, the title joins the history."""
+        ...
+
+
 class Bandit(ABC):
     """Contexts, named by their rows, and what actions earn in them.
 
     Attributes:
         n_titles: I.
         n_contexts: how many rows there are; each is as likely as every other.
-        uniforms_per_episode: how many random numbers the noise of a reward takes; may be 0.
+        streams: how many random numbers a step takes, by what they are for.
+        horizon: H, the steps of an episode at most.
         observation_space: of one observation.
     """
 
     n_titles: int
     n_contexts: int
-    uniforms_per_episode: int
+    streams: dict[str, int]
+    horizon: int = 1
     observation_space: spaces.Dict
+
+    @property
+    def uniforms_per_step(self) -> int:
+        """How many random numbers a step takes; may be 0."""
+        return sum(self.streams.values())
 
     @abstractmethod
     def users(self, rows: Rows) -> Rows:
@@ -64,7 +100,7 @@ class Bandit(ABC):
 
     @abstractmethod
     def observe(self, rows: Rows) -> dict[str, NDArray[Any]]:
-        """Fresh arrays of n rows, as `observation_space` describes them."""
+        """Fresh arrays of n rows, as `observation_space` describes them where the horizon is 1."""
 
     @abstractmethod
     def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
@@ -73,7 +109,7 @@ class Bandit(ABC):
         Args:
             rows: (n,) contexts.
             titles: (n,) in 0 to I − 1.
-            u: (n, uniforms_per_episode) uniforms in (0, 1), for the noise.
+            u: (n, uniforms_per_step) uniforms in (0, 1), for the noise.
             regret: whether the info must say the regret, where it is known.
         """
 
@@ -82,48 +118,74 @@ class Bandit(ABC):
         mask: NDArray[np.int8] = (~seen_mask(self.observe(rows)["titles"], self.n_titles)).view(np.int8)
         return mask
 
+    def sessions(self, n: int) -> Sessions:
+        """Room for n sessions; asked for where the horizon is above 1."""
+        raise NotImplementedError(f"{type(self).__name__} has no sessions")
+
+    # One context at a time. Arrays of length 1 are slow; a bandit may do better, with the same results.
+
+    def observe_one(self, row: int) -> Observation:
+        """The observation of one context."""
+        return {name: values[0] for name, values in self.observe(np.array([row])).items()}
+
+    def play_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
+        """The reward of one title, and the info of the step, as Python's numbers."""
+        played = self.play(np.array([row]), np.array([title]), np.array([u]), regret=True)
+        return float(played.rewards[0]), info_of(played, 0)
+
+    def action_mask_one(self, row: int) -> NDArray[np.int8]:
+        """(I,)."""
+        return self.action_mask(np.array([row]))[0]
+
+
+def info_of(played: Played, i: int) -> dict[str, Any]:
+    """The info of one of the actions, as Python's numbers."""
+    return {name: values[i].item() for name, values in played.info.items()} | {"invalid": played.invalid[i].item()}
+
+
+BELOW_ONE = float(np.nextafter(1.0, 0.0))
 
 EPISODES_AT_A_TIME = 256
-"""Episodes that share a stretch of a stream: numbers are drawn that many ahead, since starting a stream takes as long
-as drawing a thousand of them."""
+"""Episodes that the single environment draws ahead."""
 
 
 class Episodes:
-    """The episodes of a seed, in order: the context and the noise of each.
+    """The episodes of a seed, in order: the context of each, and the noise of its steps.
+
+    Each purpose has its stream, of which every episode owns a stretch of fixed length. Streams are read on from where
+    they stand: the numbers are those of `recsim_gr.randomness.uniforms` for one stretch after the other.
 
     Args:
         bandit: what is played.
-        seed: names the two streams.
+        seed: names the streams.
     """
 
     def __init__(self, bandit: Bandit, seed: int) -> None:
         self.bandit, self.seed = bandit, seed
-        self._drawn = 0  # groups of EPISODES_AT_A_TIME
-        self._rows = np.empty(0, dtype=np.int64)
-        self._noise = np.empty((0, bandit.uniforms_per_episode))
+        self._contexts = generator(seed, "environment/context")
+        self._noise = [(generator(seed, f"environment/{name}"), each) for name, each in bandit.streams.items()]
 
     def take(self, n: int) -> tuple[Rows, FloatArray]:
-        """(n,) contexts of the next n episodes, and (n, uniforms_per_episode) for their noise."""
-        if len(self._rows) < n:
-            self._draw(-(-(n - len(self._rows)) // EPISODES_AT_A_TIME))
-        rows, self._rows = self._rows[:n], self._rows[n:]
-        noise, self._noise = self._noise[:n], self._noise[n:]
-        return rows, noise
+        """(n,) contexts of the next n episodes, and (n, horizon, uniforms_per_step) for their noise."""
+        rows = (_uniforms(self._contexts, (n,)) * self.bandit.n_contexts).astype(np.int64)
+        np.minimum(rows, self.bandit.n_contexts - 1, out=rows)
+        parts = [_uniforms(stream, (n, self.bandit.horizon, each)) for stream, each in self._noise]
+        if len(parts) == 1:
+            return rows, parts[0]
+        return rows, np.concatenate([np.empty((n, self.bandit.horizon, 0)), *parts], axis=2)
 
-    def _draw(self, groups: int) -> None:
-        n, last = self.bandit.n_contexts, self.bandit.n_contexts - 1
-        rows = np.floor(self._uniforms("context", groups, 1)[:, 0] * n).astype(np.int64)
-        noise = self._uniforms("noise", groups, self.bandit.uniforms_per_episode)
-        self._rows = np.concatenate([self._rows, np.minimum(rows, last)])
-        self._noise = np.concatenate([self._noise, noise])
-        self._drawn += groups
+    def one_by_one(self) -> Iterator[tuple[int, list[list[float]]]]:
+        """The same episodes, as Python's numbers."""
+        while True:
+            rows, u = self.take(EPISODES_AT_A_TIME)
+            yield from zip(rows.tolist(), u.tolist(), strict=True)
 
-    def _uniforms(self, purpose: str, groups: int, each: int) -> FloatArray:
-        if each == 0:
-            return np.empty((groups * EPISODES_AT_A_TIME, 0))
-        which = np.arange(self._drawn, self._drawn + groups)
-        u = uniforms(self.seed, f"environment/{purpose}", which, EPISODES_AT_A_TIME * each)
-        return u.reshape(-1, each)
+
+def _uniforms(stream: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    """The stream's next numbers, moved into the open interval (0, 1) as `recsim_gr.randomness.uniforms` does it."""
+    u = stream.random(shape)
+    u += HALF_STEP
+    return np.minimum(u, BELOW_ONE, out=u)
 
 
 def observation_space(
@@ -163,8 +225,10 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         self.bandit = bandit
         self.observation_space = bandit.observation_space
         self.action_space = spaces.Discrete(bandit.n_titles)
+        self._sessions = bandit.sessions(1) if bandit.horizon > 1 else None
         self._episodes: Episodes | None = None
-        self._now: tuple[Rows, FloatArray] | None = None  # of the running episode
+        self._following: Iterator[tuple[int, list[list[float]]]] = iter(())
+        self._now: tuple[int, list[list[float]]] | None = None  # context and noise of the running episode
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -172,34 +236,44 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         """The next context.
 
         Args:
-            seed: starts both streams, of contexts and of noise, anew; equal seeds, equal episodes. None goes on with
+            seed: starts all streams, of contexts and of noise, anew; equal seeds, equal episodes. None goes on with
                 the streams as they stand, and takes a seed from the system at the first call.
             options: none are known; they are ignored.
         """
-        super().reset(seed=seed)
         if seed is not None or self._episodes is None:
+            super().reset(seed=seed)
             seed = seed if seed is not None else int(self.np_random.integers(2**63))
             self._episodes = Episodes(self.bandit, seed)
-        self._now = row, _ = self._episodes.take(1)
-        user = int(self.bandit.users(row)[0])
-        return self._observe(row), {"action_mask": self.bandit.action_mask(row)[0], "user": user}
+            self._following = self._episodes.one_by_one()
+        self._now = row, u = next(self._following)
+        if self._sessions is not None:
+            self._sessions.start(FIRST, np.array([row]), np.array([u]))
+        return self._observe(row), {"action_mask": self._action_mask(row), "user": int(self.bandit.users(row))}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Shows the user a title; the episode ends with it, and the observation stays what it was.
+        """Shows the user a title. The episode may end with it; the observation then stays what it was.
 
         Raises:
             InvalidAction: not an integer in 0 to I − 1. (A seen title is legal, and earns the lowest score.)
-            ResetNeeded: there was no reset since the last step.
+            ResetNeeded: there was no reset since the episode ended.
         """
         row, u = self._current("step")
-        if not self.action_space.contains(action):
-            raise InvalidAction(f"an action is a title, an integer in 0 to {self.bandit.n_titles - 1}, got {action!r}")
-        titles = np.array([action], dtype=np.int64).reshape(1)
-        played = self.bandit.play(row, titles, u, regret=True)
+        title = self._title(action)
+        if self._sessions is not None:
+            return self._step_session(title)
         self._now = None
-        info = {name: values[0].item() for name, values in played.info.items()}
-        info["invalid"] = bool(played.invalid[0])
-        return self._observe(row), float(played.rewards[0]), True, False, info
+        reward, info = self.bandit.play_one(row, title, u[0])
+        return self.bandit.observe_one(row), reward, True, False, info
+
+    def _step_session(self, title: int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        row, _ = self._current("step")
+        assert self._sessions is not None
+        played = self._sessions.step(np.array([title]), regret=True)
+        over = bool(self._sessions.over[0])
+        info = info_of(played, 0) | {"action_mask": self._action_mask(row)}
+        if over:
+            self._now = None
+        return self._observe(row), float(played.rewards[0]), over, False, info
 
     def action_masks(self) -> NDArray[np.bool_]:
         """(I,) bool: which titles the user has not seen; sb3-contrib's masked algorithms look for this name.
@@ -208,15 +282,33 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
             ResetNeeded: there is no episode.
         """
         row, _ = self._current("action_masks")
-        return self.bandit.action_mask(row)[0].astype(bool)
+        return self._action_mask(row).astype(bool)
 
-    def _current(self, method: str) -> tuple[Rows, FloatArray]:
+    def _current(self, method: str) -> tuple[int, list[list[float]]]:
         if self._now is None:
-            raise ResetNeeded(f"call reset() before {method}(): an episode is one step long")
+            raise ResetNeeded(f"call reset() before {method}(): the episode is over, or none has begun")
         return self._now
 
-    def _observe(self, row: Rows) -> Observation:
-        return {name: values[0] for name, values in self.bandit.observe(row).items()}
+    def _title(self, action: Any) -> int:
+        if type(action) is int or type(action) is np.int64:  # what nearly always comes; `contains` takes 2 µs
+            valid = 0 <= action < self.bandit.n_titles
+        else:
+            valid = self.action_space.contains(action)
+        if not valid:
+            raise InvalidAction(f"an action is a title, an integer in 0 to {self.bandit.n_titles - 1}, got {action!r}")
+        return int(action)
+
+    def _action_mask(self, row: int) -> NDArray[np.int8]:
+        return self.bandit.action_mask_one(row) if self._sessions is None else self._sessions.action_mask()[0]
+
+    def _observe(self, row: int) -> Observation:
+        if self._sessions is None:
+            return self.bandit.observe_one(row)
+        return {name: values[0] for name, values in self._sessions.observe().items()}
+
+
+FIRST = np.zeros(1, dtype=np.int64)
+"""The lane of the single environment's only session."""
 
 
 def require_count(name: str, value: object) -> None:
@@ -229,13 +321,15 @@ def require_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def seen_before(titles: Rows, histories: Rows) -> NDArray[np.bool_]:
-    """(n,): whether each title stands in its history, (n, L)."""
-    seen = np.zeros(len(titles), dtype=bool)
-    seen[np.flatnonzero(histories == titles[:, None]) // histories.shape[1]] = True
-    return seen
+def seen_before(titles: Rows, histories: NDArray[Any]) -> Rows:
+    """Which of (n,) titles stand in their histories, (n, L): their places, ascending."""
+    seen: Rows = np.flatnonzero(histories == titles.astype(histories.dtype, copy=False)[:, None])
+    seen //= histories.shape[1]
+    return seen  # no title comes twice in a history
 
 
-def lowest_where_invalid(values: NDArray[Any], invalid: NDArray[np.bool_]) -> FloatArray:
-    """(n,) float64: 1, the lowest score, where a title had been seen before."""
-    return np.where(invalid, LOWEST_SCORE, values.astype(np.float64))
+def at(places: Rows, n: int) -> NDArray[np.bool_]:
+    """(n,): True at the given places."""
+    flags = np.zeros(n, dtype=bool)
+    flags[places] = True
+    return flags

@@ -1,14 +1,14 @@
-"""The bandit over a world: its users, prepared once so that a step looks up a few numbers a user."""
+"""The users of a world, prepared once so that a step looks up a few numbers a user."""
 
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.behaviour import FloatArray, Users
-from recsim_gr.envs.bandit import Bandit, Played, Rows, lowest_where_invalid, observation_space, seen_before
-from recsim_gr.noise import Exposure
-from recsim_gr.world_base import HOURS_BETWEEN_SESSIONS, WorldBase
+from recsim_gr.envs.bandit import Observation, Played, Rows, at, seen_before
+from recsim_gr.noise import RewardNoise
+from recsim_gr.observations import LOWEST_SCORE
+from recsim_gr.world import FloatArray, Users, WorldBase
 
 POOL_USERS = 4_096
 """Users of an environment unless told otherwise: as many as the quick preset logs, prepared in 0.9 s at 1,000 titles
@@ -16,9 +16,6 @@ and held in 2 MB."""
 
 BLOCK_USERS = 256
 """Users prepared together, when the first of them comes: 60 ms at 1,000 titles, so that a first reset is quick."""
-
-LONGEST_GAP_HOURS = float(np.log(2.0**53)) * HOURS_BETWEEN_SESSIONS
-"""Gaps between events are exponential and drawn from uniforms of 53 bits: none can be longer than this."""
 
 
 class Pairs(Protocol):
@@ -32,25 +29,39 @@ class Pairs(Protocol):
         """(n,): what `WorldBase.pull` has at (user, title)."""
         ...
 
+    def satisfaction_one(self, row: int, title: int) -> float:
+        """The same of one, to the last bit."""
+        ...
+
+    def pull_one(self, row: int, title: int) -> float:
+        """The same of one, to the last bit."""
+        ...
+
 
 class Population:
-    """What a step needs of each user: history, epoch, free time, the logging policy's normaliser, the best title.
+    """What a step needs of each user: history, epoch, free time, the logging policy's normaliser, the best titles.
 
     Args:
         world: the world.
         users: (P,) its users, a row each.
         pairs: the same users.
+        n_best: how many of the best unseen titles are kept of each user; an episode that can use up so many asks for
+            no more.
     """
 
-    def __init__(self, world: WorldBase, users: Users, pairs: Pairs) -> None:
+    def __init__(self, world: WorldBase, users: Users, pairs: Pairs, n_best: int = 1) -> None:
         n, length = len(users), world.config.history_length
         self.world, self.users, self.pairs = world, users, pairs
         self.epoch, self.discernment, self.free_time = world.behaviour(users)
         self.titles = np.empty((n, length), dtype=np.int64)
         self.scores = np.empty((n, length), dtype=np.float32)
         self.times = np.empty((n, length), dtype=np.float32)
+        self.length = np.empty(n, dtype=np.int64)
         self.normaliser = np.empty(n)  # log of the summed exp(utility) of unseen titles
-        self.best = np.empty(n)  # satisfaction with the best unseen title
+        self.best_titles = np.empty((n, n_best), dtype=np.int64)
+        self.best = np.empty((n, n_best))  # satisfaction with them, descending
+        self._seen = np.empty((n, length), dtype=np.int16 if world.n_titles < 2**15 else np.int32)  # titles, narrow
+        self._conformity = 1.0 - self.discernment
         self._missing = np.ones(-(-n // BLOCK_USERS), dtype=bool)
         self._complete = False
 
@@ -66,74 +77,114 @@ class Population:
 
     def utility(self, rows: Rows, titles: Rows) -> FloatArray:
         """(n,): what `WorldBase.utilities` has at (user, title)."""
-        trend = (1.0 - self.discernment[rows]) * self.world.appeal[self.epoch[rows], titles]
-        return self.world.config.pull_strength * self.pairs.pull(rows, titles) + trend
+        places = self.epoch.take(rows)
+        places *= self.world.n_titles
+        places += titles
+        trend = self.world.appeal.take(places)
+        trend *= self._conformity.take(rows)
+        utility = self.pairs.pull(rows, titles)
+        utility *= self.world.config.pull_strength
+        utility += trend
+        return utility
+
+    def seen(self, rows: Rows, titles: Rows) -> Rows:
+        """Which of (n,) titles stand in their users' histories: their places."""
+        return seen_before(titles, self._seen.take(rows, axis=0))
+
+    def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, log_mass: FloatArray) -> Played:
+        """Shows each user a title.
+
+        Args:
+            rows: (n,) users.
+            titles: (n,).
+            u: (n, uniforms_per_step).
+            invalid: the places where the title cannot be chosen.
+            log_mass: (n,) log of the summed exp(utility) of what can be chosen; the caller's own, and spoilt.
+        """
+        satisfaction = self.pairs.satisfaction(rows, titles).astype(np.float64)
+        duration = self.world.durations.take(titles)
+        outcome = self.world.noise.sample(satisfaction, self.free_time.take(rows), duration, u)
+        log_propensity = np.subtract(self.utility(rows, titles), log_mass, out=log_mass)
+        propensity = np.exp(np.minimum(log_propensity, 0.0, out=log_propensity), out=log_propensity)
+        info = {
+            "satisfaction": satisfaction,
+            "propensity": propensity,
+            "watch_minutes": outcome.watched * duration,
+            "duration_minutes": duration,
+            "exogenous": outcome.exogenous,
+        }
+        nothing = {"satisfaction": LOWEST_SCORE, "propensity": 0.0, "watch_minutes": 0.0, "exogenous": False}
+        for name, value in nothing.items():
+            info[name][invalid] = value
+        outcome.score[invalid] = LOWEST_SCORE
+        return Played(outcome.score, at(invalid, len(rows)), info)
+
+    # -- one user at a time: the same numbers, without arrays of length 1 ------------------------------------------
+
+    def require_one(self, row: int) -> None:
+        """`require` for one."""
+        if not self._complete and self._missing[row // BLOCK_USERS]:
+            self.require(np.array([row]))
+
+    def observe_one(self, row: int) -> Observation:
+        """Fresh arrays of one user's history."""
+        self.require_one(row)
+        return {
+            "titles": self.titles[row].copy(),
+            "scores": self.scores[row].copy(),
+            "times": self.times[row].copy(),
+            "length": self.length[row],
+            "epoch": self.epoch[row],
+        }
+
+    def utility_one(self, row: int, title: int) -> float:
+        """`utility` of one."""
+        trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
+        return self.world.config.pull_strength * self.pairs.pull_one(row, title) + trend
+
+    def show_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
+        """`show` to one user after the history, with the regret."""
+        self.require_one(row)
+        invalid = title in self.titles[row].tolist()
+        duration, best = self.world.durations.item(title), self.best.item(row, 0)
+        if invalid:
+            satisfaction, propensity, watched, exogenous, score = LOWEST_SCORE, 0.0, 0.0, False, LOWEST_SCORE
+        else:
+            satisfaction = self.pairs.satisfaction_one(row, title)
+            score, watched, exogenous = sample_one(self.world.noise, satisfaction, self.free_time.item(row), duration, u)
+            propensity = float(np.exp(min(self.utility_one(row, title) - self.normaliser.item(row), 0.0)))
+        return score, {
+            "satisfaction": satisfaction,
+            "propensity": propensity,
+            "watch_minutes": watched * duration,
+            "duration_minutes": duration,
+            "exogenous": exogenous,
+            "best_satisfaction": best,
+            "regret": best - satisfaction,
+            "invalid": invalid,
+        }
+
+    # -- inside ----------------------------------------------------------------------------------------------------
 
     def _prepare(self, block: slice) -> None:
         users, rows = self.users[block], np.arange(block.start, block.stop)
         contexts = self.world.contexts_of(users)
         seen = contexts.observations
         self.titles[block], self.scores[block], self.times[block] = seen.titles, seen.scores, seen.times
+        self.length[block], self._seen[block] = seen.length, seen.titles
         log_probs = self.world.logging_log_probs(users, seen.titles)
         next_log_prob = np.take_along_axis(log_probs, contexts.next_titles[:, None], axis=1)[:, 0]
         self.normaliser[block] = self.utility(rows, contexts.next_titles) - next_log_prob
-        self.best[block] = np.where(log_probs > -np.inf, self.world.satisfaction(users), -np.inf).max(axis=1)
+        worth = np.where(log_probs > -np.inf, self.world.satisfaction(users), -np.inf)
+        best = np.argpartition(-worth, self.best.shape[1] - 1, axis=1)[:, : self.best.shape[1]]
+        order = np.argsort(-np.take_along_axis(worth, best, axis=1), axis=1)
+        self.best_titles[block] = np.take_along_axis(best, order, axis=1)
+        self.best[block] = np.take_along_axis(worth, self.best_titles[block], axis=1)
 
 
-class WorldBandit(Bandit):
-    """Users of a world after a full history; the reward is the observed score of a forced exposure.
-
-    Args:
-        world: simulated or replayed.
-        users: (P,) the users who come, each as often as every other.
-        pairs: the same users.
-    """
-
-    def __init__(self, world: WorldBase, users: Users, pairs: Pairs) -> None:
-        config = world.config
-        self.world = world
-        self.population = Population(world, users, pairs)
-        self.n_titles, self.n_contexts = world.n_titles, len(users)
-        self.uniforms_per_episode = world.noise.uniforms_per_event
-        self.observation_space = observation_space(
-            world.n_titles,
-            config.history_length,
-            config.n_epochs,
-            world.noise.bounded,
-            LONGEST_GAP_HOURS * config.history_length,
-        )
-
-    def users(self, rows: Rows) -> Rows:
-        return self.population.users[rows]
-
-    def observe(self, rows: Rows) -> dict[str, NDArray[Any]]:
-        who = self.population
-        who.require(rows)
-        return {
-            "titles": who.titles.take(rows, axis=0),  # faster than who.titles[rows]
-            "scores": who.scores.take(rows, axis=0),
-            "times": who.times.take(rows, axis=0),
-            "length": np.full(len(rows), self.world.config.history_length, dtype=np.int64),
-            "epoch": who.epoch[rows],
-        }
-
-    def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
-        who = self.population
-        who.require(rows)
-        invalid = seen_before(titles, who.titles.take(rows, axis=0))
-        satisfaction = who.pairs.satisfaction(rows, titles).astype(np.float64)
-        duration = self.world.durations[titles]
-        outcome = self.world.noise.sample(Exposure(satisfaction, who.free_time[rows], duration), u)
-        satisfaction = lowest_where_invalid(satisfaction, invalid)
-        propensity = np.exp(np.minimum(who.utility(rows, titles) - who.normaliser[rows], 0.0))
-        info = {
-            "satisfaction": satisfaction,
-            "propensity": np.where(invalid, 0.0, propensity),
-            "watch_minutes": np.where(invalid, 0.0, outcome.watched * duration),
-            "duration_minutes": duration,
-            "exogenous": outcome.exogenous & ~invalid,
-        }
-        if regret:
-            best = who.best[rows]
-            info |= {"best_satisfaction": best, "regret": best - satisfaction}
-        return Played(lowest_where_invalid(outcome.score, invalid), invalid, info)
+def sample_one(
+    noise: RewardNoise, satisfaction: float, free_time: float, duration: float, u: list[float]
+) -> tuple[float, float, bool]:
+    """Score, watched fraction and exogenous flag of one event."""
+    outcome = noise.sample(np.float64(satisfaction), np.float64(free_time), np.float64(duration), np.array(u))
+    return float(outcome.score), float(outcome.watched), bool(outcome.exogenous)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from recsim_gr.behaviour import FloatArray, Users
 from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
-from recsim_gr.envs.population import WorldBandit
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.envs.watch_time import world_config
+from recsim_gr.envs.world_bandit import WorldBandit
 from recsim_gr.errors import ConfigError
 from recsim_gr.replay import ReplayConfig, ReplayWorld
 
@@ -181,3 +181,13 @@ class MatrixPairs:
         """(n,): see `Pairs`."""
         z = self.world.standardised
         return self.own[rows] * z[self.users[rows], titles] + self.outside[rows] * z[self.partners[rows], titles]
+
+    def satisfaction_one(self, row: int, title: int) -> float:
+        """See `Pairs`."""
+        return self.world.matrix.satisfaction.item(self.users.item(row), title)
+
+    def pull_one(self, row: int, title: int) -> float:
+        """See `Pairs`."""
+        z = self.world.standardised
+        own = self.own.item(row) * z.item(self.users.item(row), title)
+        return own + self.outside.item(row) * z.item(self.partners.item(row), title)

@@ -13,13 +13,14 @@ from recsim_gr.envs.bandit import (
     FloatArray,
     Played,
     Rows,
-    lowest_where_invalid,
+    at,
     observation_space,
     seen_before,
 )
 from recsim_gr.envs.vector import BanditVectorEnv
 from recsim_gr.errors import ConfigError
 from recsim_gr.log import InteractionLog
+from recsim_gr.observations import LOWEST_SCORE
 from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.training import TrainingConfig
@@ -158,7 +159,7 @@ class RewardModelBandit(Bandit):
             )
         self.log, self.table, self.histories = log, rewards.on(log), log.sequences()
         self.rows = np.cumsum(log.step == 0) - 1  # of each event, the row of its user
-        self.n_titles, self.n_contexts, self.uniforms_per_episode = log.n_titles, len(log), 0
+        self.n_titles, self.n_contexts, self.streams = log.n_titles, len(log), {}
         self.observation_space = observation_space(
             log.n_titles,
             self.histories.titles.shape[1],
@@ -182,9 +183,9 @@ class RewardModelBandit(Bandit):
         }
 
     def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
-        invalid = seen_before(titles, self.observe(rows)["titles"])
+        invalid = at(seen_before(titles, self.observe(rows)["titles"]), len(rows))
         predicted = self.table.at(self.rows[rows], self.log.step[rows], titles)
-        return Played(lowest_where_invalid(predicted, invalid), invalid, {})
+        return Played(np.where(invalid, LOWEST_SCORE, predicted.astype(np.float64)), invalid, {})
 
 
 class RewardModel(NamedTuple):

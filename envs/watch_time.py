@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from recsim_gr.behaviour import BehaviourConfig, FloatArray, Users
 from recsim_gr.envs.bandit import BanditEnv, Rows, UnknownArgumentError, require_count
-from recsim_gr.envs.population import POOL_USERS, WorldBandit
+from recsim_gr.envs.population import POOL_USERS
 from recsim_gr.envs.vector import BanditVectorEnv
+from recsim_gr.envs.world_bandit import WorldBandit
 from recsim_gr.errors import ConfigError
 from recsim_gr.world import World, WorldConfig
 
@@ -179,15 +180,33 @@ class FactorPairs:
 
     def satisfaction(self, rows: Rows, titles: Rows) -> NDArray[np.float32]:
         """(n,): see `Pairs`."""
-        product = _products(self.taste, rows, self.world.traits, titles)
-        return self.world.satisfaction_at(product + self.world.quality[titles] + self.leniency[rows])
+        logit = _products(self.taste, rows, self.world.traits, titles)
+        logit += self.world.quality.take(titles)
+        logit += self.leniency.take(rows)
+        return self.world.satisfaction_at(logit)
 
     def pull(self, rows: Rows, titles: Rows) -> FloatArray:
         """(n,): see `Pairs`."""
         return _products(self.pulls, rows, self.world.traits, titles)
+
+    def satisfaction_one(self, row: int, title: int) -> float:
+        """See `Pairs`."""
+        product = _product(self.taste, row, self.world.traits, title)
+        logit = product + self.world.quality.item(title) + self.leniency.item(row)
+        return float(self.world.satisfaction_at(np.float64(logit)))
+
+    def pull_one(self, row: int, title: int) -> float:
+        """See `Pairs`."""
+        return _product(self.pulls, row, self.world.traits, title)
 
 
 def _products(vectors: FloatArray, rows: Rows, traits: FloatArray, titles: Rows) -> FloatArray:
     """(n,) inner products; ``take`` and einsum are five times faster than indexing and multiplying."""
     products: FloatArray = np.einsum("nd,nd->n", vectors.take(rows, axis=0), traits.take(titles, axis=0))
     return products
+
+
+def _product(vectors: FloatArray, row: int, traits: FloatArray, title: int) -> float:
+    """One of `_products`, by the same loop: others add up in another order."""
+    product: FloatArray = np.einsum("nd,nd->n", vectors[row : row + 1], traits[title : title + 1])
+    return product.item(0)
