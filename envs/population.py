@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Observation, Played, Rows, at, seen_before
+from recsim_gr.envs.bandit import Observation, Played, Rows, at
 from recsim_gr.noise import RewardNoise
 from recsim_gr.observations import LOWEST_SCORE
 from recsim_gr.world import FloatArray, Users, WorldBase
@@ -21,19 +21,11 @@ BLOCK_USERS = 256
 class Pairs(Protocol):
     """A group of users, ready to be asked about single titles without the tables of all titles."""
 
-    def satisfaction(self, rows: Rows, titles: Rows) -> NDArray[np.float32]:
-        """(n,): s(u, i) of the users at ``rows`` of the group."""
+    def at(self, rows: Rows, titles: Rows) -> tuple[NDArray[np.float32], FloatArray]:
+        """s(u, i), (n,), of the users at ``rows`` of the group, and what `WorldBase.pull` has there, (n,)."""
         ...
 
-    def pull(self, rows: Rows, titles: Rows) -> FloatArray:
-        """(n,): what `WorldBase.pull` has at (user, title)."""
-        ...
-
-    def satisfaction_one(self, row: int, title: int) -> float:
-        """The same of one, to the last bit."""
-        ...
-
-    def pull_one(self, row: int, title: int) -> float:
+    def at_one(self, row: int, title: int) -> tuple[float, float]:
         """The same of one, to the last bit."""
         ...
 
@@ -53,14 +45,14 @@ class Population:
         n, length = len(users), world.config.history_length
         self.world, self.users, self.pairs = world, users, pairs
         self.epoch, self.discernment, self.free_time = world.behaviour(users)
-        self.titles = np.empty((n, length), dtype=np.int64)
+        # narrow, since what a step costs is what it reads; 0 to n_titles
+        self.titles = np.empty((n, length), dtype=np.int16 if world.n_titles < 2**15 else np.int32)
         self.scores = np.empty((n, length), dtype=np.float32)
         self.times = np.empty((n, length), dtype=np.float32)
         self.length = np.empty(n, dtype=np.int64)
         self.normaliser = np.empty(n)  # log of the summed exp(utility) of unseen titles
         self.best_titles = np.empty((n, n_best), dtype=np.int64)
         self.best = np.empty((n, n_best))  # satisfaction with them, descending
-        self._seen = np.empty((n, length), dtype=np.int16 if world.n_titles < 2**15 else np.int32)  # titles, narrow
         self._conformity = 1.0 - self.discernment
         self._missing = np.ones(-(-n // BLOCK_USERS), dtype=bool)
         self._complete = False
@@ -75,21 +67,16 @@ class Population:
                 self._missing[block] = False
         self._complete = not self._missing.any()
 
-    def utility(self, rows: Rows, titles: Rows) -> FloatArray:
-        """(n,): what `WorldBase.utilities` has at (user, title)."""
+    def utility(self, rows: Rows, titles: Rows, pull: FloatArray) -> FloatArray:
+        """(n,): what `WorldBase.utilities` has at (user, title), from the pull there, which is spoilt."""
         places = self.epoch.take(rows)
         places *= self.world.n_titles
         places += titles
         trend = self.world.appeal.take(places)
         trend *= self._conformity.take(rows)
-        utility = self.pairs.pull(rows, titles)
-        utility *= self.world.config.pull_strength
-        utility += trend
-        return utility
-
-    def seen(self, rows: Rows, titles: Rows) -> Rows:
-        """Which of (n,) titles stand in their users' histories: their places."""
-        return seen_before(titles, self._seen.take(rows, axis=0))
+        pull *= self.world.config.pull_strength
+        pull += trend
+        return pull
 
     def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, log_mass: FloatArray) -> Played:
         """Shows each user a title.
@@ -101,10 +88,11 @@ class Population:
             invalid: the places where the title cannot be chosen.
             log_mass: (n,) log of the summed exp(utility) of what can be chosen; the caller's own, and spoilt.
         """
-        satisfaction = self.pairs.satisfaction(rows, titles).astype(np.float64)
+        truth, pull = self.pairs.at(rows, titles)
+        satisfaction = truth.astype(np.float64)
         duration = self.world.durations.take(titles)
         outcome = self.world.noise.sample(satisfaction, self.free_time.take(rows), duration, u)
-        log_propensity = np.subtract(self.utility(rows, titles), log_mass, out=log_mass)
+        log_propensity = np.subtract(self.utility(rows, titles, pull), log_mass, out=log_mass)
         propensity = np.exp(np.minimum(log_propensity, 0.0, out=log_propensity), out=log_propensity)
         info = {
             "satisfaction": satisfaction,
@@ -130,17 +118,17 @@ class Population:
         """Fresh arrays of one user's history."""
         self.require_one(row)
         return {
-            "titles": self.titles[row].copy(),
+            "titles": self.titles[row].astype(np.int64),
             "scores": self.scores[row].copy(),
             "times": self.times[row].copy(),
             "length": self.length[row],
             "epoch": self.epoch[row],
         }
 
-    def utility_one(self, row: int, title: int) -> float:
+    def utility_one(self, row: int, title: int, pull: float) -> float:
         """`utility` of one."""
         trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
-        return self.world.config.pull_strength * self.pairs.pull_one(row, title) + trend
+        return self.world.config.pull_strength * pull + trend
 
     def show_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
         """`show` to one user after the history, with the regret."""
@@ -150,9 +138,9 @@ class Population:
         if invalid:
             satisfaction, propensity, watched, exogenous, score = LOWEST_SCORE, 0.0, 0.0, False, LOWEST_SCORE
         else:
-            satisfaction = self.pairs.satisfaction_one(row, title)
+            satisfaction, pull = self.pairs.at_one(row, title)
             score, watched, exogenous = sample_one(self.world.noise, satisfaction, self.free_time.item(row), duration, u)
-            propensity = float(np.exp(min(self.utility_one(row, title) - self.normaliser.item(row), 0.0)))
+            propensity = float(np.exp(min(self.utility_one(row, title, pull) - self.normaliser.item(row), 0.0)))
         return score, {
             "satisfaction": satisfaction,
             "propensity": propensity,
@@ -171,10 +159,11 @@ class Population:
         contexts = self.world.contexts_of(users)
         seen = contexts.observations
         self.titles[block], self.scores[block], self.times[block] = seen.titles, seen.scores, seen.times
-        self.length[block], self._seen[block] = seen.length, seen.titles
+        self.length[block] = seen.length
         log_probs = self.world.logging_log_probs(users, seen.titles)
         next_log_prob = np.take_along_axis(log_probs, contexts.next_titles[:, None], axis=1)[:, 0]
-        self.normaliser[block] = self.utility(rows, contexts.next_titles) - next_log_prob
+        _, pull = self.pairs.at(rows, contexts.next_titles)
+        self.normaliser[block] = self.utility(rows, contexts.next_titles, pull) - next_log_prob
         worth = np.where(log_probs > -np.inf, self.world.satisfaction(users), -np.inf)
         best = np.argpartition(-worth, self.best.shape[1] - 1, axis=1)[:, : self.best.shape[1]]
         order = np.argsort(-np.take_along_axis(worth, best, axis=1), axis=1)

@@ -173,21 +173,16 @@ class MatrixPairs:
         self.partners = world.partners(users)
         self.own, self.outside = world.pull_weights(users)
 
-    def satisfaction(self, rows: Rows, titles: Rows) -> NDArray[np.float32]:
-        """(n,): see `Pairs`."""
-        return self.world.matrix.satisfaction[self.users[rows], titles]
+    def at(self, rows: Rows, titles: Rows) -> tuple[NDArray[np.float32], FloatArray]:
+        """(n,) and (n,): see `Pairs`."""
+        users, z = self.users.take(rows), self.world.standardised
+        pull = self.own.take(rows) * z[users, titles]
+        pull += self.outside.take(rows) * z[self.partners.take(rows), titles]
+        return self.world.matrix.satisfaction[users, titles], pull
 
-    def pull(self, rows: Rows, titles: Rows) -> FloatArray:
-        """(n,): see `Pairs`."""
-        z = self.world.standardised
-        return self.own[rows] * z[self.users[rows], titles] + self.outside[rows] * z[self.partners[rows], titles]
-
-    def satisfaction_one(self, row: int, title: int) -> float:
+    def at_one(self, row: int, title: int) -> tuple[float, float]:
         """See `Pairs`."""
-        return self.world.matrix.satisfaction.item(self.users.item(row), title)
-
-    def pull_one(self, row: int, title: int) -> float:
-        """See `Pairs`."""
-        z = self.world.standardised
-        own = self.own.item(row) * z.item(self.users.item(row), title)
-        return own + self.outside.item(row) * z.item(self.partners.item(row), title)
+        user, z = self.users.item(row), self.world.standardised
+        own = self.own.item(row) * z.item(user, title)
+        pull = own + self.outside.item(row) * z.item(self.partners.item(row), title)
+        return self.world.matrix.satisfaction.item(user, title), pull

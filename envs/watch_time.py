@@ -172,41 +172,20 @@ class FactorPairs:
 
     def __init__(self, world: World, users: Users) -> None:
         self.world = world
-        self.taste, self.pulls, self.leniency = (
-            world.taste(users),
-            world.pull_vectors(users),
-            world.leniency(users),
-        )
+        self.vectors = np.stack([world.taste(users), world.pull_vectors(users)], axis=1)  # together, so read together
+        self.leniency = world.leniency(users)
 
-    def satisfaction(self, rows: Rows, titles: Rows) -> NDArray[np.float32]:
-        """(n,): see `Pairs`."""
-        logit = _products(self.taste, rows, self.world.traits, titles)
+    def at(self, rows: Rows, titles: Rows) -> tuple[NDArray[np.float32], FloatArray]:
+        """(n,) and (n,): see `Pairs`."""
+        vectors, traits = self.vectors.take(rows, axis=0), self.world.traits.take(titles, axis=0)
+        logit, pull = (np.einsum("nd,nd->n", vectors[:, i], traits) for i in (0, 1))
         logit += self.world.quality.take(titles)
         logit += self.leniency.take(rows)
-        return self.world.satisfaction_at(logit)
+        return self.world.satisfaction_at(logit), pull
 
-    def pull(self, rows: Rows, titles: Rows) -> FloatArray:
-        """(n,): see `Pairs`."""
-        return _products(self.pulls, rows, self.world.traits, titles)
-
-    def satisfaction_one(self, row: int, title: int) -> float:
+    def at_one(self, row: int, title: int) -> tuple[float, float]:
         """See `Pairs`."""
-        product = _product(self.taste, row, self.world.traits, title)
+        # einsum too, since another product adds up in another order
+        product, pull = np.einsum("kd,d->k", self.vectors[row], self.world.traits[title]).tolist()
         logit = product + self.world.quality.item(title) + self.leniency.item(row)
-        return float(self.world.satisfaction_at(np.float64(logit)))
-
-    def pull_one(self, row: int, title: int) -> float:
-        """See `Pairs`."""
-        return _product(self.pulls, row, self.world.traits, title)
-
-
-def _products(vectors: FloatArray, rows: Rows, traits: FloatArray, titles: Rows) -> FloatArray:
-    """(n,) inner products; ``take`` and einsum are five times faster than indexing and multiplying."""
-    products: FloatArray = np.einsum("nd,nd->n", vectors.take(rows, axis=0), traits.take(titles, axis=0))
-    return products
-
-
-def _product(vectors: FloatArray, row: int, traits: FloatArray, title: int) -> float:
-    """One of `_products`, by the same loop: others add up in another order."""
-    product: FloatArray = np.einsum("nd,nd->n", vectors[row : row + 1], traits[title : title + 1])
-    return product.item(0)
+        return float(self.world.satisfaction_at(np.float64(logit))), pull

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space
+from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space, seen_before
 from recsim_gr.envs.population import Pairs, Population
 from recsim_gr.world import HOURS_BETWEEN_SESSIONS, Users, WorldBase
 
@@ -27,6 +27,7 @@ class WorldBandit(Bandit):
         self.world = world
         self.population = Population(world, users, pairs)
         self.n_titles, self.n_contexts = world.n_titles, len(users)
+        self._shown: tuple[Rows, NDArray[Any]] | None = None
         self._ones = np.ones(world.n_titles, dtype=np.int8)
         self.streams = {"noise": world.noise.uniforms_per_event}
         self.observation_space = observation_space(
@@ -43,8 +44,9 @@ class WorldBandit(Bandit):
     def observe(self, rows: Rows) -> dict[str, NDArray[Any]]:
         who = self.population
         who.require(rows)
+        self._shown = rows, who.titles.take(rows, axis=0)  # faster than who.titles[rows]
         return {
-            "titles": who.titles.take(rows, axis=0),  # faster than who.titles[rows]
+            "titles": self._shown[1].astype(np.int64),
             "scores": who.scores.take(rows, axis=0),
             "times": who.times.take(rows, axis=0),
             "length": who.length.take(rows),
@@ -54,7 +56,7 @@ class WorldBandit(Bandit):
     def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
         who = self.population
         who.require(rows)
-        played = who.show(rows, titles, u, who.seen(rows, titles), who.normaliser.take(rows))
+        played = who.show(rows, titles, u, seen_before(titles, self._histories(rows)), who.normaliser.take(rows))
         if regret:
             best = who.best[:, 0].take(rows)
             played.info["best_satisfaction"], played.info["regret"] = best, best - played.info["satisfaction"]
@@ -66,6 +68,12 @@ class WorldBandit(Bandit):
         mask = np.ones((len(rows), self.n_titles), dtype=np.int8)
         np.put_along_axis(mask, who.titles.take(rows, axis=0), 0, axis=1)
         return mask
+
+    def _histories(self, rows: Rows) -> NDArray[Any]:
+        """(n, L) titles seen; those just shown, where they are the same rows, need no second look-up."""
+        if self._shown is not None and self._shown[0] is rows:
+            return self._shown[1]
+        return self.population.titles.take(rows, axis=0)
 
     # -- one context at a time ------------------------------------------------------------------------------------
 
