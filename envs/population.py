@@ -78,6 +78,21 @@ class Population:
         pull += trend
         return pull
 
+    def log_mass(self, rows: Rows, histories: Rows) -> FloatArray:
+        """(n,) log of the summed exp(utility) of the titles that (n, L) histories leave, over the whole catalogue."""
+        mass = np.empty(len(rows))
+        for start in range(0, len(rows), BLOCK_USERS):
+            block = slice(start, start + BLOCK_USERS)
+            log_probs = self.world.logging_log_probs(self.users[rows[block]], histories[block])
+            mass[block] = self._log_mass(rows[block], log_probs, log_probs.argmax(axis=1))
+        return mass
+
+    def action_mask(self, rows: Rows, histories: NDArray[Any]) -> NDArray[np.int8]:
+        """(n, I): 1 for titles that can be chosen after (n, L) histories."""
+        mask = np.ones((len(rows), self.world.n_titles + 1), dtype=np.int8)  # with a place for padding
+        np.put_along_axis(mask, histories, 0, axis=1)
+        return np.ascontiguousarray(mask[:, :-1])
+
     def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, log_mass: FloatArray) -> Played:
         """Shows each user a title.
 
@@ -161,14 +176,17 @@ class Population:
         self.titles[block], self.scores[block], self.times[block] = seen.titles, seen.scores, seen.times
         self.length[block] = seen.length
         log_probs = self.world.logging_log_probs(users, seen.titles)
-        next_log_prob = np.take_along_axis(log_probs, contexts.next_titles[:, None], axis=1)[:, 0]
-        _, pull = self.pairs.at(rows, contexts.next_titles)
-        self.normaliser[block] = self.utility(rows, contexts.next_titles, pull) - next_log_prob
+        self.normaliser[block] = self._log_mass(rows, log_probs, contexts.next_titles)
         worth = np.where(log_probs > -np.inf, self.world.satisfaction(users), -np.inf)
         best = np.argpartition(-worth, self.best.shape[1] - 1, axis=1)[:, : self.best.shape[1]]
         order = np.argsort(-np.take_along_axis(worth, best, axis=1), axis=1)
         self.best_titles[block] = np.take_along_axis(best, order, axis=1)
         self.best[block] = np.take_along_axis(worth, self.best_titles[block], axis=1)
+
+    def _log_mass(self, rows: Rows, log_probs: FloatArray, titles: Rows) -> FloatArray:
+        """(n,): the utility of some title, less its log-probability, (n, I)."""
+        _, pull = self.pairs.at(rows, titles)
+        return self.utility(rows, titles, pull) - np.take_along_axis(log_probs, titles[:, None], axis=1)[:, 0]
 
 
 def sample_one(

@@ -89,11 +89,12 @@ class ReplayEnv(BanditEnv):
         data: str | Path | None = None,
         split: str = "train",
         pool_users: int | None = None,
+        horizon: int = 1,
         world_seed: int = 0,
         world: ReplayWorld | None = None,
         **config: Any,
     ) -> None:
-        super().__init__(replay_bandit(data, split, pool_users, world_seed, world, config))
+        super().__init__(replay_bandit(data, split, pool_users, horizon, world_seed, world, config))
 
 
 class ReplayVectorEnv(BanditVectorEnv):
@@ -129,11 +130,12 @@ class ReplayVectorEnv(BanditVectorEnv):
         data: str | Path | None = None,
         split: str = "train",
         pool_users: int | None = None,
+        horizon: int = 1,
         world_seed: int = 0,
         world: ReplayWorld | None = None,
         **config: Any,
     ) -> None:
-        bandit = replay_bandit(data, split, pool_users, world_seed, world, config)
+        bandit = replay_bandit(data, split, pool_users, horizon, world_seed, world, config)
         super().__init__(bandit, num_envs, action_mask=action_mask, regret=regret, final_obs=final_obs)
 
 
@@ -141,6 +143,7 @@ def replay_bandit(
     data: str | Path | None,
     split: str,
     pool_users: int | None,
+    horizon: int,
     world_seed: int,
     world: ReplayWorld | None,
     config: dict[str, Any],
@@ -157,7 +160,7 @@ def replay_bandit(
     pool_users = world.n_users(split) if pool_users is None else pool_users
     require_count("pool_users", pool_users)
     users = world.users(split, pool_users)
-    return WorldBandit(world, users, MatrixPairs(world, users))
+    return WorldBandit(world, users, MatrixPairs(world, users), horizon)
 
 
 class MatrixPairs:

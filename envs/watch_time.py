@@ -87,11 +87,12 @@ class WatchTimeEnv(BanditEnv):
         *,
         split: str = "train",
         pool_users: int = POOL_USERS,
+        horizon: int = 1,
         world_seed: int = 0,
         world: World | None = None,
         **config: Any,
     ) -> None:
-        super().__init__(watch_time_bandit(split, pool_users, world_seed, world, config))
+        super().__init__(watch_time_bandit(split, pool_users, horizon, world_seed, world, config))
 
 
 class WatchTimeVectorEnv(BanditVectorEnv):
@@ -126,16 +127,17 @@ class WatchTimeVectorEnv(BanditVectorEnv):
         final_obs: bool = False,
         split: str = "train",
         pool_users: int = POOL_USERS,
+        horizon: int = 1,
         world_seed: int = 0,
         world: World | None = None,
         **config: Any,
     ) -> None:
-        bandit = watch_time_bandit(split, pool_users, world_seed, world, config)
+        bandit = watch_time_bandit(split, pool_users, horizon, world_seed, world, config)
         super().__init__(bandit, num_envs, action_mask=action_mask, regret=regret, final_obs=final_obs)
 
 
 def watch_time_bandit(
-    split: str, pool_users: int, world_seed: int, world: World | None, config: dict[str, Any]
+    split: str, pool_users: int, horizon: int, world_seed: int, world: World | None, config: dict[str, Any]
 ) -> WorldBandit:
     """The bandit behind both; arguments as in `WatchTimeEnv`."""
     if world is None:
@@ -144,7 +146,7 @@ def watch_time_bandit(
         raise ConfigError(f"give either a world or its fields, got both: {', '.join(config) or 'world_seed'}")
     require_count("pool_users", pool_users)
     users = world.users(split, pool_users)
-    return WorldBandit(world, users, FactorPairs(world, users))
+    return WorldBandit(world, users, FactorPairs(world, users), horizon)
 
 
 def world_config(kind: type[ConfigT], world_seed: int, fields: dict[str, Any]) -> ConfigT:

@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space, seen_before
+from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space, require_count, seen_before
 from recsim_gr.envs.population import Pairs, Population
+from recsim_gr.envs.sessions import WorldSessions
+from recsim_gr.errors import ConfigError
+from recsim_gr.scoring import ROLLOUT_GAP_HOURS
 from recsim_gr.world import HOURS_BETWEEN_SESSIONS, Users, WorldBase
 
 LONGEST_GAP_HOURS = float(np.log(2.0**53)) * HOURS_BETWEEN_SESSIONS
@@ -20,22 +23,32 @@ class WorldBandit(Bandit):
         world: simulated or replayed.
         users: (P,) the users who come, each as often as every other.
         pairs: the same users.
+        horizon: H, the steps of an episode.
+
+    Raises:
+        ConfigError: a horizon that is no positive integer, or for which the catalogue is too small.
     """
 
-    def __init__(self, world: WorldBase, users: Users, pairs: Pairs) -> None:
+    def __init__(self, world: WorldBase, users: Users, pairs: Pairs, horizon: int = 1) -> None:
         config = world.config
-        self.world = world
-        self.population = Population(world, users, pairs)
+        require_count("horizon", horizon)
+        if config.history_length + horizon > world.n_titles:
+            raise ConfigError(
+                f"horizon must be at most {world.n_titles - config.history_length}, since no title of the "
+                f"{world.n_titles} is recommended twice after a history of {config.history_length}, got {horizon}"
+            )
+        self.world, self.horizon = world, int(horizon)
+        self.population = Population(world, users, pairs, n_best=self.horizon)
         self.n_titles, self.n_contexts = world.n_titles, len(users)
         self._shown: tuple[Rows, NDArray[Any]] | None = None
-        self._ones = np.ones(world.n_titles, dtype=np.int8)
+        self._ones = np.ones(world.n_titles + 1, dtype=np.int8)  # with a place for padding
         self.streams = {"noise": world.noise.uniforms_per_event}
         self.observation_space = observation_space(
             world.n_titles,
-            config.history_length,
+            config.history_length + self.horizon - 1,
             config.n_epochs,
             world.noise.bounded,
-            LONGEST_GAP_HOURS * config.history_length,
+            LONGEST_GAP_HOURS * config.history_length + ROLLOUT_GAP_HOURS * (self.horizon - 1),
         )
 
     def users(self, rows: Rows) -> Rows:
@@ -65,9 +78,10 @@ class WorldBandit(Bandit):
     def action_mask(self, rows: Rows) -> NDArray[np.int8]:
         who = self.population
         who.require(rows)
-        mask = np.ones((len(rows), self.n_titles), dtype=np.int8)
-        np.put_along_axis(mask, who.titles.take(rows, axis=0), 0, axis=1)
-        return mask
+        return who.action_mask(rows, who.titles.take(rows, axis=0))
+
+    def sessions(self, n: int) -> WorldSessions:
+        return WorldSessions(self.population, n, self.horizon, self.uniforms_per_step)
 
     def _histories(self, rows: Rows) -> NDArray[Any]:
         """(n, L) titles seen; those just shown, where they are the same rows, need no second look-up."""
@@ -88,4 +102,4 @@ class WorldBandit(Bandit):
         who.require_one(row)
         mask = self._ones.copy()
         mask[who.titles[row]] = 0
-        return mask
+        return mask[:-1]

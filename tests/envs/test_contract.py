@@ -187,7 +187,7 @@ def test_every_context_comes(env_id: str, make: Make) -> None:
     assert len(users) > 80
 
 
-@pytest.mark.parametrize("keyword", ["horizon", "seed", "n_title"])
+@pytest.mark.parametrize("keyword", ["horizons", "seed", "n_title"])
 def test_an_unknown_keyword_is_refused(env_id: str, make: Make, keyword: str) -> None:
     with pytest.raises(TypeError, match=keyword):
         make(env_id, **{keyword: 3})
