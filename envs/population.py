@@ -1,14 +1,15 @@
 """The users of a world, prepared once so that a step looks up a few numbers a user."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Observation, Played, Rows, at
-from recsim_gr.noise import RewardNoise
+from recsim_gr.behaviour import FloatArray, Users, acceptance_probability
+from recsim_gr.envs.bandit import Observation, Played, Rows, at, seen_before
+from recsim_gr.noise import Exposure
 from recsim_gr.observations import LOWEST_SCORE
-from recsim_gr.world import FloatArray, Users, WorldBase
+from recsim_gr.world_base import WorldBase, outside_utility
 
 POOL_USERS = 4_096
 """Users of an environment unless told otherwise: as many as the quick preset logs, prepared in 0.9 s at 1,000 titles
@@ -30,6 +31,18 @@ class Pairs(Protocol):
         ...
 
 
+class Standing(NamedTuple):
+    """What the logging policy makes of n histories, beside the utilities of their users.
+
+    Attributes:
+        log_mass: (n,) log of the summed exp(utility) of the titles that can be chosen.
+        carried: (n, d) what the last titles carry over (`WorldBase.carried`), None where ``order_effect`` is off.
+    """
+
+    log_mass: FloatArray
+    carried: FloatArray | None = None
+
+
 class Population:
     """What a step needs of each user: history, epoch, free time, the logging policy's normaliser, the best titles.
 
@@ -37,8 +50,8 @@ class Population:
         world: the world.
         users: (P,) its users, a row each.
         pairs: the same users.
-        n_best: how many of the best unseen titles are kept of each user; an episode that can use up so many asks for
-            no more.
+        n_best: how many of the titles that are worth most are kept of each user; an episode that can use up so many
+            asks for no more.
     """
 
     def __init__(self, world: WorldBase, users: Users, pairs: Pairs, n_best: int = 1) -> None:
@@ -50,12 +63,24 @@ class Population:
         self.scores = np.empty((n, length), dtype=np.float32)
         self.times = np.empty((n, length), dtype=np.float32)
         self.length = np.empty(n, dtype=np.int64)
-        self.normaliser = np.empty(n)  # log of the summed exp(utility) of unseen titles
+        self.normaliser = np.empty(n)  # `Standing.log_mass` after the history
         self.best_titles = np.empty((n, n_best), dtype=np.int64)
-        self.best = np.empty((n, n_best))  # satisfaction with them, descending
+        self.best = np.empty((n, n_best))  # what recommending them is worth, descending
         self._conformity = 1.0 - self.discernment
         self._missing = np.ones(-(-n // BLOCK_USERS), dtype=bool)
         self._complete = False
+        self._prepare_options()
+
+    def _prepare_options(self) -> None:
+        """Further columns, of users of worlds whose options ask for them."""
+        world, n = self.world, len(self.users)
+        config, uses = world.config, world.noise.uses
+        self.accept = config.accept
+        self.outside = np.empty(n if config.accept > 0 else 0)
+        self.mood = np.empty(n if "mood" in uses else 0)
+        self.carried = np.empty((n, world.directions.shape[1])) if config.order_effect > 0 else None
+        self.has_releases = world.catalogue.has_releases
+        self.plain = not (config.accept > 0 or uses or config.order_effect > 0 or self.has_releases)
 
     def require(self, rows: Rows) -> None:
         """Makes sure that the users at ``rows`` are prepared."""
@@ -67,59 +92,82 @@ class Population:
                 self._missing[block] = False
         self._complete = not self._missing.any()
 
-    def utility(self, rows: Rows, titles: Rows, pull: FloatArray) -> FloatArray:
-        """(n,): what `WorldBase.utilities` has at (user, title), from the pull there, which is spoilt."""
-        places = self.epoch.take(rows)
-        places *= self.world.n_titles
-        places += titles
-        trend = self.world.appeal.take(places)
-        trend *= self._conformity.take(rows)
-        pull *= self.world.config.pull_strength
-        pull += trend
-        return pull
+    def standing(self, rows: Rows) -> Standing:
+        """Of (n,) users after their histories; the arrays are the caller's own."""
+        return Standing(self.normaliser.take(rows), None if self.carried is None else self.carried.take(rows, axis=0))
 
-    def log_mass(self, rows: Rows, histories: Rows) -> FloatArray:
-        """(n,) log of the summed exp(utility) of the titles that (n, L) histories leave, over the whole catalogue."""
-        mass = np.empty(len(rows))
+    def standing_after(self, rows: Rows, histories: Rows, times: NDArray[np.float32], now: FloatArray) -> Standing:
+        """Of (n,) users after other histories than their own, (n, L), summed over the whole catalogue.
+
+        Args:
+            rows: (n,) users.
+            histories: (n, L) titles, padded with ``n_titles``.
+            times: (n, L) hours at which they were seen.
+            now: (n,) hours at which the next is chosen.
+        """
+        log_mass = np.empty(len(rows))
+        carried = None if self.carried is None else self.world.carried(histories, times, now)
         for start in range(0, len(rows), BLOCK_USERS):
             block = slice(start, start + BLOCK_USERS)
-            log_probs = self.world.logging_log_probs(self.users[rows[block]], histories[block])
-            mass[block] = self._log_mass(rows[block], log_probs, log_probs.argmax(axis=1))
-        return mass
+            users = self.users[rows[block]]
+            log_probs = self.world.logging_log_probs(users, histories[block], times[block], now[block])
+            some = log_probs.argmax(axis=1)
+            log_mass[block] = self._log_mass(rows[block], some, log_probs, None if carried is None else carried[block])
+        return Standing(log_mass, carried)
+
+    def invalid(self, rows: Rows, titles: Rows, histories: NDArray[Any]) -> Rows:
+        """Which of (n,) titles cannot be chosen after (n, L) histories: their places, ascending."""
+        seen = seen_before(titles, histories)
+        if not self.has_releases:
+            return seen
+        not_out = np.flatnonzero(self.world.release.take(titles) > self.epoch.take(rows))
+        return np.union1d(seen, not_out)
 
     def action_mask(self, rows: Rows, histories: NDArray[Any]) -> NDArray[np.int8]:
         """(n, I): 1 for titles that can be chosen after (n, L) histories."""
         mask = np.ones((len(rows), self.world.n_titles + 1), dtype=np.int8)  # with a place for padding
         np.put_along_axis(mask, histories, 0, axis=1)
-        return np.ascontiguousarray(mask[:, :-1])
+        mask = np.ascontiguousarray(mask[:, :-1])
+        if self.has_releases:
+            mask[self.world.catalogue.unreleased(self.epoch.take(rows))] = 0
+        return mask
 
-    def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, log_mass: FloatArray) -> Played:
+    def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, standing: Standing) -> Played:
         """Shows each user a title.
 
         Args:
             rows: (n,) users.
             titles: (n,).
-            u: (n, uniforms_per_step).
+            u: (n, uniforms_per_exposure), the last for acceptance where that is on.
             invalid: the places where the title cannot be chosen.
-            log_mass: (n,) log of the summed exp(utility) of what can be chosen; the caller's own, and spoilt.
+            standing: of the histories; its arrays are spoilt.
         """
         truth, pull = self.pairs.at(rows, titles)
-        satisfaction = truth.astype(np.float64)
-        duration = self.world.durations.take(titles)
-        outcome = self.world.noise.sample(satisfaction, self.free_time.take(rows), duration, u)
-        log_propensity = np.subtract(self.utility(rows, titles, pull), log_mass, out=log_mass)
-        propensity = np.exp(np.minimum(log_propensity, 0.0, out=log_propensity), out=log_propensity)
+        places = self._places(rows, titles)
+        utility = self._utility(rows, places, pull)
+        satisfaction, duration = truth.astype(np.float64), self.world.durations.take(titles)
+        exposure = Exposure(satisfaction, self.free_time.take(rows), duration, *self._circumstances(rows, places))
+        outcome = self.world.noise.sample(exposure, u[:, : self.world.noise.uniforms_per_event])
         info = {
             "satisfaction": satisfaction,
-            "propensity": propensity,
             "watch_minutes": outcome.watched * duration,
             "duration_minutes": duration,
             "exogenous": outcome.exogenous,
         }
-        nothing = {"satisfaction": LOWEST_SCORE, "propensity": 0.0, "watch_minutes": 0.0, "exogenous": False}
-        for name, value in nothing.items():
-            info[name][invalid] = value
-        outcome.score[invalid] = LOWEST_SCORE
+        unwatched = invalid
+        if self.accept > 0:
+            accepted = u[:, -1] < acceptance_probability(utility, self.outside.take(rows), self.accept)
+            accepted[invalid] = False
+            info["accepted"], unwatched = accepted, np.flatnonzero(~accepted)
+        for values, nothing in (
+            (outcome.score, LOWEST_SCORE),
+            (satisfaction, LOWEST_SCORE),
+            (info["watch_minutes"], 0.0),
+            (outcome.exogenous, False),
+        ):
+            values[unwatched] = nothing
+        info["propensity"] = self._propensity(utility, titles, standing)
+        info["propensity"][invalid] = 0.0
         return Played(outcome.score, at(invalid, len(rows)), info)
 
     # -- one user at a time: the same numbers, without arrays of length 1 ------------------------------------------
@@ -140,13 +188,8 @@ class Population:
             "epoch": self.epoch[row],
         }
 
-    def utility_one(self, row: int, title: int, pull: float) -> float:
-        """`utility` of one."""
-        trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
-        return self.world.config.pull_strength * pull + trend
-
     def show_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
-        """`show` to one user after the history, with the regret."""
+        """`show` to one user after the history, with the regret; for worlds that are `plain`."""
         self.require_one(row)
         invalid = title in self.titles[row].tolist()
         duration, best = self.world.durations.item(title), self.best.item(row, 0)
@@ -154,14 +197,17 @@ class Population:
             satisfaction, propensity, watched, exogenous, score = LOWEST_SCORE, 0.0, 0.0, False, LOWEST_SCORE
         else:
             satisfaction, pull = self.pairs.at_one(row, title)
-            score, watched, exogenous = sample_one(self.world.noise, satisfaction, self.free_time.item(row), duration, u)
-            propensity = float(np.exp(min(self.utility_one(row, title, pull) - self.normaliser.item(row), 0.0)))
+            exposure = Exposure(*map(np.asarray, (satisfaction, self.free_time.item(row), duration)))
+            score, watched, exogenous = (part.item() for part in self.world.noise.sample(exposure, np.array(u)))
+            trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
+            utility = self.world.config.pull_strength * pull + trend
+            propensity = float(np.exp(min(utility - self.normaliser.item(row), 0.0)))
         return score, {
             "satisfaction": satisfaction,
-            "propensity": propensity,
             "watch_minutes": watched * duration,
             "duration_minutes": duration,
             "exogenous": exogenous,
+            "propensity": propensity,
             "best_satisfaction": best,
             "regret": best - satisfaction,
             "invalid": invalid,
@@ -172,26 +218,66 @@ class Population:
     def _prepare(self, block: slice) -> None:
         users, rows = self.users[block], np.arange(block.start, block.stop)
         contexts = self.world.contexts_of(users)
-        seen = contexts.observations
+        seen, now = contexts.observations, contexts.next_times
         self.titles[block], self.scores[block], self.times[block] = seen.titles, seen.scores, seen.times
         self.length[block] = seen.length
-        log_probs = self.world.logging_log_probs(users, seen.titles)
-        self.normaliser[block] = self._log_mass(rows, log_probs, contexts.next_titles)
-        worth = np.where(log_probs > -np.inf, self.world.satisfaction(users), -np.inf)
+        if self.accept > 0:
+            self.outside[block] = outside_utility(self.world.utilities(users))
+        if len(self.mood) > 0:
+            self.mood[block] = np.take_along_axis(self.world.moods(users), seen.length[:, None], axis=1)[:, 0]
+        carried = None
+        if self.carried is not None:
+            carried = self.carried[block] = self.world.carried(seen.titles, seen.times, now)
+        log_probs = self.world.logging_log_probs(users, seen.titles, seen.times, now)
+        self.normaliser[block] = self._log_mass(rows, contexts.next_titles, log_probs, carried)
+        worth = np.where(log_probs > -np.inf, self.world.worth(users), -np.inf)
         best = np.argpartition(-worth, self.best.shape[1] - 1, axis=1)[:, : self.best.shape[1]]
         order = np.argsort(-np.take_along_axis(worth, best, axis=1), axis=1)
         self.best_titles[block] = np.take_along_axis(best, order, axis=1)
         self.best[block] = np.take_along_axis(worth, self.best_titles[block], axis=1)
 
-    def _log_mass(self, rows: Rows, log_probs: FloatArray, titles: Rows) -> FloatArray:
-        """(n,): the utility of some title, less its log-probability, (n, I)."""
+    def _log_mass(self, rows: Rows, titles: Rows, log_probs: FloatArray, carried: FloatArray | None) -> FloatArray:
+        """(n,): the utility of some title that can be chosen, less its log-probability, from (n, I)."""
         _, pull = self.pairs.at(rows, titles)
-        return self.utility(rows, titles, pull) - np.take_along_axis(log_probs, titles[:, None], axis=1)[:, 0]
+        utility = self._utility(rows, self._places(rows, titles), pull)
+        return utility + self._carry_over(titles, carried) - np.take_along_axis(log_probs, titles[:, None], axis=1)[:, 0]
 
+    def _places(self, rows: Rows, titles: Rows) -> Rows:
+        """(n,): of (epoch, title) in the flattened tables of an epoch a row."""
+        places = self.epoch.take(rows)
+        places *= self.world.n_titles
+        places += titles
+        return places
 
-def sample_one(
-    noise: RewardNoise, satisfaction: float, free_time: float, duration: float, u: list[float]
-) -> tuple[float, float, bool]:
-    """Score, watched fraction and exogenous flag of one event."""
-    outcome = noise.sample(np.float64(satisfaction), np.float64(free_time), np.float64(duration), np.array(u))
-    return float(outcome.score), float(outcome.watched), bool(outcome.exogenous)
+    def _utility(self, rows: Rows, places: Rows, pull: FloatArray) -> FloatArray:
+        """(n,): what `WorldBase.utilities` has at (user, title), from the pull there, which is spoilt."""
+        trend = self.world.appeal.take(places)
+        trend *= self._conformity.take(rows)
+        pull *= self.world.config.pull_strength
+        pull += trend
+        return pull
+
+    def _carry_over(self, titles: Rows, carried: FloatArray | None) -> FloatArray | float:
+        """(n,): what `WorldBase.carry_over` has at (history, title)."""
+        if carried is None:
+            return 0.0
+        products: FloatArray = np.einsum("nd,nd->n", carried, self.world.directions.take(titles, axis=0))
+        return self.world.config.order_effect * products
+
+    def _propensity(self, utility: FloatArray, titles: Rows, standing: Standing) -> FloatArray:
+        """(n,) of titles that can be chosen."""
+        propensity = standing.log_mass
+        np.subtract(utility, propensity, out=propensity)
+        if standing.carried is not None:
+            propensity += self._carry_over(titles, standing.carried)
+        np.minimum(propensity, 0.0, out=propensity)
+        return np.exp(propensity, out=propensity)
+
+    def _circumstances(self, rows: Rows, places: Rows) -> tuple[FloatArray, ...]:
+        """Allure and mood, where the noise reads them."""
+        uses = self.world.noise.uses
+        if not uses:
+            return ()
+        nothing = np.zeros(())
+        allure = self.world.allure.take(places) if "allure" in uses else nothing
+        return allure, self.mood.take(rows) if "mood" in uses else nothing

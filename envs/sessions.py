@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import FloatArray, Played, Rows, seen_before
-from recsim_gr.envs.population import Population
+from recsim_gr.envs.bandit import FloatArray, Played, Rows
+from recsim_gr.envs.population import Population, Standing
 from recsim_gr.scoring import ROLLOUT_GAP_HOURS
 
 LEAST_SHARE = 1e-3
@@ -39,7 +39,8 @@ class WorldSessions:
         self._titles = np.full((n, width), world.n_titles, dtype=np.int64)
         self._scores, self._times = (np.zeros((n, width), dtype=np.float32) for _ in range(2))
         self._length = np.zeros(n, dtype=np.int64)
-        self._log_mass = np.zeros(n)  # log of the summed exp(utility) of what can still be chosen
+        self._log_mass = np.zeros(n)  # `Standing.log_mass` of each
+        self._carried = None if population.carried is None else np.zeros((n, population.carried.shape[1]))
         self._summed_log_mass = np.zeros(n)  # the same when it was last summed over the catalogue
         self._best_left = np.ones((n, population.best.shape[1]), dtype=bool)
 
@@ -62,7 +63,7 @@ class WorldSessions:
             own[lanes, :history] = theirs.take(rows, axis=0)
             own[lanes, history:] = padding
         self._length[lanes] = who.length.take(rows)
-        self._log_mass[lanes] = self._summed_log_mass[lanes] = who.normaliser.take(rows)
+        self._set_standing(lanes, who.standing(rows))
         self._best_left[lanes] = True
 
     def observe(self) -> dict[str, NDArray[Any]]:
@@ -83,34 +84,47 @@ class WorldSessions:
         """See `Sessions`."""
         who = self.population
         u = self._u[np.arange(len(titles)), self._steps]
-        invalid = seen_before(titles, self._titles)
-        played = who.show(self._rows, titles, u, invalid, self._log_mass.copy())
+        invalid = who.invalid(self._rows, titles, self._titles)
+        carried = None if self._carried is None else self._carried.copy()
+        played = who.show(self._rows, titles, u, invalid, Standing(self._log_mass.copy(), carried))
         if regret:
             best = who.best[self._rows, self._best_left.argmax(axis=1)]
             played.info["best_satisfaction"], played.info["regret"] = best, best - played.info["satisfaction"]
         self._steps += 1
         self._over = self._steps >= self.horizon
+        if "accepted" in played.info:
+            self._over |= ~played.info["accepted"] & ~played.invalid
         joins = np.flatnonzero(~self._over & ~played.invalid)
         self._append(joins, titles[joins], played.rewards[joins])
-        self._take_away(joins, titles[joins], played.info["propensity"][joins])
+        self._best_left[joins] &= who.best_titles[self._rows[joins]] != titles[joins, None]
+        self._take_away(joins, played.info["propensity"][joins])
         return played
 
     def _append(self, lanes: Rows, titles: Rows, scores: FloatArray) -> None:
         """The event after the last real one, as `recsim_gr.observations.Observations.append` puts it."""
         length = self._length[lanes]
         self._titles[lanes, length], self._scores[lanes, length] = titles, scores
-        last = self._times[lanes, np.maximum(length - 1, 0)]  # 0, the padding, where there was no event
-        self._times[lanes, length] = last + np.float32(ROLLOUT_GAP_HOURS)
+        self._times[lanes, length] = self._next_hour(lanes)
         self._length[lanes] += 1
 
-    def _take_away(self, lanes: Rows, titles: Rows, propensity: FloatArray) -> None:
-        """Titles that can no longer be chosen: from the logging policy's normaliser, and from the best of each user."""
-        rows = self._rows[lanes]
-        self._best_left[lanes] &= self.population.best_titles[rows] != titles[:, None]
+    def _next_hour(self, lanes: Rows) -> NDArray[np.float32]:
+        """(k,): when the next title follows."""
+        last: NDArray[np.float32] = self._times[lanes, self._length[lanes] - 1]
+        return last + np.float32(ROLLOUT_GAP_HOURS)
+
+    def _take_away(self, lanes: Rows, propensity: FloatArray) -> None:
+        """The logging policy without the titles just shown in the given lanes, (k,), of the given propensities."""
         with np.errstate(divide="ignore"):  # a title that is all of the mass: summed again
             self._log_mass[lanes] += np.log1p(-propensity)
-        lost = self._log_mass[lanes] < self._summed_log_mass[lanes] + np.log(LEAST_SHARE)
-        again = lanes[lost]
+        again = lanes[self._log_mass[lanes] < self._summed_log_mass[lanes] + np.log(LEAST_SHARE)]
+        if self._carried is not None:  # every title's utility has changed
+            again = lanes
         if len(again) > 0:
-            summed = self.population.log_mass(rows[lost], self._titles[again])
-            self._log_mass[again] = self._summed_log_mass[again] = summed
+            rows, hours = self._rows[again], self._next_hour(again)
+            standing = self.population.standing_after(rows, self._titles[again], self._times[again], hours)
+            self._set_standing(again, standing)
+
+    def _set_standing(self, lanes: Rows, standing: Standing) -> None:
+        self._log_mass[lanes] = self._summed_log_mass[lanes] = standing.log_mass
+        if self._carried is not None:
+            self._carried[lanes] = standing.carried

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space, require_count, seen_before
+from recsim_gr.behaviour import Users, n_cold
+from recsim_gr.envs.bandit import Bandit, FloatArray, Observation, Played, Rows, observation_space, require_count
 from recsim_gr.envs.population import Pairs, Population
 from recsim_gr.envs.sessions import WorldSessions
 from recsim_gr.errors import ConfigError
 from recsim_gr.scoring import ROLLOUT_GAP_HOURS
-from recsim_gr.world import HOURS_BETWEEN_SESSIONS, Users, WorldBase
+from recsim_gr.world_base import HOURS_BETWEEN_SESSIONS, WorldBase
 
 LONGEST_GAP_HOURS = float(np.log(2.0**53)) * HOURS_BETWEEN_SESSIONS
 """Gaps between events are exponential and drawn from uniforms of 53 bits: none can be longer than this."""
@@ -32,17 +33,20 @@ class WorldBandit(Bandit):
     def __init__(self, world: WorldBase, users: Users, pairs: Pairs, horizon: int = 1) -> None:
         config = world.config
         require_count("horizon", horizon)
-        if config.history_length + horizon > world.n_titles:
+        there = world.n_titles - n_cold(config, world.n_titles)
+        if config.history_length + horizon > there:
             raise ConfigError(
-                f"horizon must be at most {world.n_titles - config.history_length}, since no title of the "
-                f"{world.n_titles} is recommended twice after a history of {config.history_length}, got {horizon}"
+                f"horizon must be at most {there - config.history_length}: {there} titles are out in the first epoch, "
+                f"histories take {config.history_length}, and none is worth recommending twice; got {horizon}"
             )
         self.world, self.horizon = world, int(horizon)
         self.population = Population(world, users, pairs, n_best=self.horizon)
         self.n_titles, self.n_contexts = world.n_titles, len(users)
-        self._shown: tuple[Rows, NDArray[Any]] | None = None
+        self._shown: tuple[Rows, NDArray[Any]] | None = None  # histories last observed, and whose
         self._ones = np.ones(world.n_titles + 1, dtype=np.int8)  # with a place for padding
         self.streams = {"noise": world.noise.uniforms_per_event}
+        if config.accept > 0:
+            self.streams["accept"] = 1
         self.observation_space = observation_space(
             world.n_titles,
             config.history_length + self.horizon - 1,
@@ -69,7 +73,8 @@ class WorldBandit(Bandit):
     def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
         who = self.population
         who.require(rows)
-        played = who.show(rows, titles, u, seen_before(titles, self._histories(rows)), who.normaliser.take(rows))
+        invalid = who.invalid(rows, titles, self._histories(rows))
+        played = who.show(rows, titles, u, invalid, who.standing(rows))
         if regret:
             best = who.best[:, 0].take(rows)
             played.info["best_satisfaction"], played.info["regret"] = best, best - played.info["satisfaction"]
@@ -95,11 +100,14 @@ class WorldBandit(Bandit):
         return self.population.observe_one(row)
 
     def play_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
-        return self.population.show_one(row, title, u)
+        return self.population.show_one(row, title, u) if self.population.plain else super().play_one(row, title, u)
 
     def action_mask_one(self, row: int) -> NDArray[np.int8]:
         who = self.population
         who.require_one(row)
         mask = self._ones.copy()
         mask[who.titles[row]] = 0
-        return mask[:-1]
+        mask = mask[:-1]
+        if who.has_releases:
+            mask[self.world.release > who.epoch[row]] = 0
+        return mask

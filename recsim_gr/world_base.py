@@ -266,18 +266,20 @@ class WorldBase(ABC):
         Returns:
             (n, I).
         """
+        return self.config.order_effect * products(self.carried(histories, times, now), self.directions)
+
+    def carried(self, histories: NDArray[np.int64], times: FloatArray, now: FloatArray) -> FloatArray:
+        """(n, d): Σ_j exp(−(now − t_j)/2 h)·v_j, whose products with the titles' directions `carry_over` weighs."""
         vectors = np.concatenate([self.directions, np.zeros((1, self.directions.shape[1]))])  # padding carries nothing
         fading = np.exp(-np.maximum(np.asarray(now, dtype=np.float64)[:, None] - times, 0.0) / CARRY_OVER_HOURS)
-        carried = np.einsum("nl,nld->nd", fading, vectors[histories])
-        return self.config.order_effect * products(carried, self.directions)
+        return np.einsum("nl,nld->nd", fading, vectors[histories])
 
     def acceptance(self, users: Users) -> FloatArray:
         """(n, I): P(a recommended title is watched); 1 where the dial ``accept`` is 0."""
         if self.config.accept == 0:
             return np.ones((len(users), self.n_titles))
         utilities = self.utilities(users)
-        outside = _log_sum_exp(utilities) - np.log(np.isfinite(utilities).sum(axis=1))
-        return acceptance_probability(utilities, outside[:, None], self.config.accept)
+        return acceptance_probability(utilities, outside_utility(utilities)[:, None], self.config.accept)
 
     def worth(self, users: Users) -> NDArray[np.float32]:
         """(n, I): what recommending a title is truly worth: its satisfaction, or the lowest where it is abandoned."""
@@ -659,6 +661,11 @@ def products(rows: FloatArray, columns: FloatArray, out: FloatArray | None = Non
     """
     result: FloatArray = np.einsum("nd,di->ni", rows, np.ascontiguousarray(columns.T), out=out)
     return result
+
+
+def outside_utility(utilities: FloatArray) -> FloatArray:
+    """(n,) of (n, I): log of the mean of exp(utility) over the titles that are out, what else there is for a user."""
+    return _log_sum_exp(utilities) - np.log(np.isfinite(utilities).sum(axis=1))
 
 
 def _log_sum_exp(values: FloatArray) -> FloatArray:
