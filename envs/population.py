@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from recsim_gr.behaviour import FloatArray, Users, acceptance_probability
 from recsim_gr.envs.bandit import Observation, Played, Rows, at, seen_before
-from recsim_gr.noise import Exposure
+from recsim_gr.noise import Exposure, WatchTimeNoise
 from recsim_gr.observations import LOWEST_SCORE
 from recsim_gr.world_base import WorldBase, outside_utility
 
@@ -80,7 +80,8 @@ class Population:
         self.mood = np.empty(n if "mood" in uses else 0)
         self.carried = np.empty((n, world.directions.shape[1])) if config.order_effect > 0 else None
         self.has_releases = world.catalogue.has_releases
-        self.plain = not (config.accept > 0 or uses or config.order_effect > 0 or self.has_releases)
+        options = config.accept > 0 or config.order_effect > 0 or self.has_releases
+        self.plain = None if options or not isinstance(world.noise, WatchTimeNoise) else world.noise
 
     def require(self, rows: Rows) -> None:
         """Makes sure that the users at ``rows`` are prepared."""
@@ -188,8 +189,10 @@ class Population:
             "epoch": self.epoch[row],
         }
 
-    def show_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
-        """`show` to one user after the history, with the regret; for worlds that are `plain`."""
+    def show_one(
+        self, noise: WatchTimeNoise, row: int, title: int, u: list[float]
+    ) -> tuple[float, dict[str, Any]]:
+        """`show` to one user after the history, with the regret; for worlds that are `plain`, whose noise is given."""
         self.require_one(row)
         invalid = title in self.titles[row].tolist()
         duration, best = self.world.durations.item(title), self.best.item(row, 0)
@@ -197,8 +200,7 @@ class Population:
             satisfaction, propensity, watched, exogenous, score = LOWEST_SCORE, 0.0, 0.0, False, LOWEST_SCORE
         else:
             satisfaction, pull = self.pairs.at_one(row, title)
-            exposure = Exposure(*map(np.asarray, (satisfaction, self.free_time.item(row), duration)))
-            score, watched, exogenous = (part.item() for part in self.world.noise.sample(exposure, np.array(u)))
+            score, watched, exogenous = noise.sample_one(satisfaction, self.free_time.item(row), duration, u)
             trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
             utility = self.world.config.pull_strength * pull + trend
             propensity = float(np.exp(min(utility - self.normaliser.item(row), 0.0)))

@@ -100,7 +100,10 @@ class WorldBandit(Bandit):
         return self.population.observe_one(row)
 
     def play_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
-        return self.population.show_one(row, title, u) if self.population.plain else super().play_one(row, title, u)
+        noise = self.population.plain
+        if noise is None:
+            return super().play_one(row, title, u)
+        return self.population.show_one(noise, row, title, u)
 
     def action_mask_one(self, row: int) -> NDArray[np.int8]:
         who = self.population
