@@ -120,13 +120,17 @@ class WatchTimeNoise:
         require(0 < self.small_noise <= 5, self, "small_noise", "positive and at most 5")
 
     def sample(self, exposure: Exposure, uniforms: FloatArray) -> Scores:
+        shape = np.broadcast(uniforms[..., 0], *exposure[:3]).shape
+        uniforms = uniforms if uniforms.shape[:-1] == shape else np.broadcast_to(uniforms, (*shape, uniforms.shape[-1]))
         exogenous = uniforms[..., 0] < self.dial  # nested: what is exogenous at one dial is so at every higher one
-        z, places = np.zeros(exogenous.size), np.flatnonzero(~exogenous)  # ndtri takes longest: where it matters alone
-        z[places] = ndtri(uniforms[..., 1].ravel().take(places))
-        jitter = np.exp(self.small_noise * z.reshape(exogenous.shape))
         session = -exposure.free_time * np.log1p(-uniforms[..., 2])
-        ordinary = _fraction(exposure.satisfaction) * jitter
-        watched = np.minimum(1.0, np.where(exogenous, session / exposure.duration, ordinary))
+        watched = np.asarray(session / exposure.duration, order="C")
+        # ndtri takes longest, so only where it matters; and np.where is slow, since nobody can guess its flags
+        places = np.flatnonzero(~exogenous)
+        jitter = np.exp(self.small_noise * ndtri(uniforms[..., 1].ravel().take(places)))
+        satisfaction = np.broadcast_to(exposure.satisfaction, shape)
+        watched.reshape(-1)[places] = _fraction(satisfaction.ravel().take(places)) * jitter
+        watched = np.minimum(1.0, watched, out=watched)
         return Scores(_score(watched), watched, exogenous)
 
     def sample_one(
