@@ -67,7 +67,7 @@ class Sessions(Protocol):
         """(n, I): 1 for titles that are out and have not been seen yet."""
         ...
 
-    def step(self, titles: Rows, *, regret: bool) -> Played:
+    def step(self, titles: Rows) -> Played:
         """Shows each user one of (n,) titles. Where the session goes on, the title joins the history."""
         ...
 
@@ -118,8 +118,8 @@ class Bandit(ABC):
         mask: NDArray[np.int8] = (~seen_mask(self.observe(rows)["titles"], self.n_titles)).view(np.int8)
         return mask
 
-    def sessions(self, n: int) -> Sessions:
-        """Room for n sessions; asked for where the horizon is above 1."""
+    def sessions(self, n: int, *, regret: bool) -> Sessions:
+        """Room for n sessions, asked for where the horizon is above 1; ``regret`` as in `play`."""
         raise NotImplementedError(f"{type(self).__name__} has no sessions")
 
     # One context at a time. Arrays of length 1 are slow; a bandit may do better, with the same results.
@@ -225,7 +225,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         self.bandit = bandit
         self.observation_space = bandit.observation_space
         self.action_space = spaces.Discrete(bandit.n_titles)
-        self._sessions = bandit.sessions(1) if bandit.horizon > 1 else None
+        self._sessions = bandit.sessions(1, regret=True) if bandit.horizon > 1 else None
         self._episodes: Episodes | None = None
         self._following: Iterator[tuple[int, list[list[float]]]] = iter(())
         self._now: tuple[int, list[list[float]]] | None = None  # context and noise of the running episode
@@ -268,7 +268,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
     def _step_session(self, title: int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         row, _ = self._current("step")
         assert self._sessions is not None
-        played = self._sessions.step(np.array([title]), regret=True)
+        played = self._sessions.step(np.array([title]))
         over = bool(self._sessions.over[0])
         info = info_of(played, 0) | {"action_mask": self._action_mask(row)}
         if over:

@@ -80,8 +80,7 @@ class Population:
         self.mood = np.empty(n if "mood" in uses else 0)
         self.carried = np.empty((n, world.directions.shape[1])) if config.order_effect > 0 else None
         self.has_releases = world.catalogue.has_releases
-        options = config.accept > 0 or config.order_effect > 0 or self.has_releases
-        self.plain = None if options or not isinstance(world.noise, WatchTimeNoise) else world.noise
+        self.plain = config.accept == 0 and config.order_effect == 0
 
     def require(self, rows: Rows) -> None:
         """Makes sure that the users at ``rows`` are prepared."""
@@ -189,19 +188,17 @@ class Population:
             "epoch": self.epoch[row],
         }
 
-    def show_one(
-        self, noise: WatchTimeNoise, row: int, title: int, u: list[float]
-    ) -> tuple[float, dict[str, Any]]:
-        """`show` to one user after the history, with the regret; for worlds that are `plain`, whose noise is given."""
+    def show_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
+        """`show` to one user after the history, with the regret; for worlds that are `plain`."""
         self.require_one(row)
-        invalid = title in self.titles[row].tolist()
-        duration, best = self.world.durations.item(title), self.best.item(row, 0)
+        epoch, duration, best = self.epoch.item(row), self.world.durations.item(title), self.best.item(row, 0)
+        invalid = title in self.titles[row].tolist() or self.world.release.item(title) > epoch
         if invalid:
             satisfaction, propensity, watched, exogenous, score = LOWEST_SCORE, 0.0, 0.0, False, LOWEST_SCORE
         else:
             satisfaction, pull = self.pairs.at_one(row, title)
-            score, watched, exogenous = noise.sample_one(satisfaction, self.free_time.item(row), duration, u)
-            trend = self._conformity.item(row) * self.world.appeal.item(self.epoch.item(row), title)
+            score, watched, exogenous = self._sample_one(row, title, satisfaction, duration, u)
+            trend = self._conformity.item(row) * self.world.appeal.item(epoch, title)
             utility = self.world.config.pull_strength * pull + trend
             propensity = float(np.exp(min(utility - self.normaliser.item(row), 0.0)))
         return score, {
@@ -214,6 +211,19 @@ class Population:
             "regret": best - satisfaction,
             "invalid": invalid,
         }
+
+    def _sample_one(
+        self, row: int, title: int, satisfaction: float, duration: float, u: list[float]
+    ) -> tuple[float, float, bool]:
+        """Score, watched fraction and exogenous flag of one event."""
+        noise, free_time = self.world.noise, self.free_time.item(row)
+        if isinstance(noise, WatchTimeNoise):
+            return noise.sample_one(satisfaction, free_time, duration, u)
+        allure = self.world.allure.item(self.epoch.item(row), title) if "allure" in noise.uses else 0.0
+        mood = self.mood.item(row) if "mood" in noise.uses else 0.0
+        exposure = Exposure(*map(np.asarray, (satisfaction, free_time, duration, allure, mood)))
+        score, watched, exogenous = (part.item() for part in noise.sample(exposure, np.array(u)))
+        return score, watched, exogenous
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

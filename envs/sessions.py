@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.envs.bandit import FloatArray, Played, Rows
+from recsim_gr.envs.bandit import BELOW_ONE, FloatArray, Played, Rows
 from recsim_gr.envs.population import Population, Standing
 from recsim_gr.scoring import ROLLOUT_GAP_HOURS
 
@@ -27,22 +27,25 @@ class WorldSessions:
         n: how many there is room for.
         horizon: H, the steps of a session.
         uniforms_per_step: how many random numbers a step takes.
+        regret: whether infos say it.
     """
 
-    def __init__(self, population: Population, n: int, horizon: int, uniforms_per_step: int) -> None:
+    def __init__(
+        self, population: Population, n: int, horizon: int, uniforms_per_step: int, *, regret: bool
+    ) -> None:
         world, width = population.world, population.titles.shape[1] + horizon - 1
         self.population, self.world, self.horizon = population, world, horizon
         self._rows = np.zeros(n, dtype=np.int64)
         self._u = np.empty((n, horizon, uniforms_per_step))
         self._steps = np.zeros(n, dtype=np.int64)
         self._over = np.ones(n, dtype=bool)
-        self._titles = np.full((n, width), world.n_titles, dtype=np.int64)
+        self._titles = np.full((n, width), world.n_titles, dtype=population.titles.dtype)
         self._scores, self._times = (np.zeros((n, width), dtype=np.float32) for _ in range(2))
         self._length = np.zeros(n, dtype=np.int64)
         self._log_mass = np.zeros(n)  # `Standing.log_mass` of each
         self._carried = None if population.carried is None else np.zeros((n, population.carried.shape[1]))
         self._summed_log_mass = np.zeros(n)  # the same when it was last summed over the catalogue
-        self._best_left = np.ones((n, population.best.shape[1]), dtype=bool)
+        self._best_left = np.ones((n, population.best.shape[1]), dtype=bool) if regret else None
 
     @property
     def over(self) -> NDArray[np.bool_]:
@@ -64,12 +67,13 @@ class WorldSessions:
             own[lanes, history:] = padding
         self._length[lanes] = who.length.take(rows)
         self._set_standing(lanes, who.standing(rows))
-        self._best_left[lanes] = True
+        if self._best_left is not None:
+            self._best_left[lanes] = True
 
     def observe(self) -> dict[str, NDArray[Any]]:
         """See `Sessions`."""
         return {
-            "titles": self._titles.copy(),
+            "titles": self._titles.astype(np.int64),
             "scores": self._scores.copy(),
             "times": self._times.copy(),
             "length": self._length.copy(),
@@ -80,14 +84,15 @@ class WorldSessions:
         """(n, I): see `Sessions`."""
         return self.population.action_mask(self._rows, self._titles)
 
-    def step(self, titles: Rows, *, regret: bool) -> Played:
+    def step(self, titles: Rows) -> Played:
         """See `Sessions`."""
-        who = self.population
-        u = self._u[np.arange(len(titles)), self._steps]
+        who, first = self.population, self._steps[0]
+        together = bool((self._steps == first).all())  # nearly always, unless users may leave
+        u = self._u[:, first] if together else self._u[np.arange(len(titles)), self._steps]
         invalid = who.invalid(self._rows, titles, self._titles)
         carried = None if self._carried is None else self._carried.copy()
         played = who.show(self._rows, titles, u, invalid, Standing(self._log_mass.copy(), carried))
-        if regret:
+        if self._best_left is not None:
             best = who.best[self._rows, self._best_left.argmax(axis=1)]
             played.info["best_satisfaction"], played.info["regret"] = best, best - played.info["satisfaction"]
         self._steps += 1
@@ -96,7 +101,8 @@ class WorldSessions:
             self._over |= ~played.info["accepted"] & ~played.invalid
         joins = np.flatnonzero(~self._over & ~played.invalid)
         self._append(joins, titles[joins], played.rewards[joins])
-        self._best_left[joins] &= who.best_titles[self._rows[joins]] != titles[joins, None]
+        if self._best_left is not None:
+            self._best_left[joins] &= who.best_titles[self._rows[joins]] != titles[joins, None]
         self._take_away(joins, played.info["propensity"][joins])
         return played
 
@@ -114,8 +120,7 @@ class WorldSessions:
 
     def _take_away(self, lanes: Rows, propensity: FloatArray) -> None:
         """The logging policy without the titles just shown in the given lanes, (k,), of the given propensities."""
-        with np.errstate(divide="ignore"):  # a title that is all of the mass: summed again
-            self._log_mass[lanes] += np.log1p(-propensity)
+        self._log_mass[lanes] += np.log1p(-np.minimum(propensity, BELOW_ONE))  # all of it: summed again
         again = lanes[self._log_mass[lanes] < self._summed_log_mass[lanes] + np.log(LEAST_SHARE)]
         if self._carried is not None:  # every title's utility has changed
             again = lanes

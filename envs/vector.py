@@ -57,7 +57,7 @@ class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._with_mask, self._with_regret, self._with_final_obs = action_mask, regret, final_obs
-        self._sessions = bandit.sessions(num_envs) if bandit.horizon > 1 else None
+        self._sessions = bandit.sessions(num_envs, regret=regret) if bandit.horizon > 1 else None
         self._episodes: Episodes | None = None
         self._now: tuple[Rows, FloatArray] | None = None  # of the running episodes
 
@@ -105,7 +105,7 @@ class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
         self, sessions: Sessions, episodes: Episodes, titles: Rows
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """A step of sessions, of which some end; the infos are those of Gymnasium's own SAME_STEP environments."""
-        played = sessions.step(titles, regret=self._with_regret)
+        played = sessions.step(titles)
         over = sessions.over.copy()
         of_step = played.info | {"invalid": played.invalid}
         infos: dict[str, Any] = {}

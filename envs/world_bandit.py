@@ -85,8 +85,8 @@ class WorldBandit(Bandit):
         who.require(rows)
         return who.action_mask(rows, who.titles.take(rows, axis=0))
 
-    def sessions(self, n: int) -> WorldSessions:
-        return WorldSessions(self.population, n, self.horizon, self.uniforms_per_step)
+    def sessions(self, n: int, *, regret: bool) -> WorldSessions:
+        return WorldSessions(self.population, n, self.horizon, self.uniforms_per_step, regret=regret)
 
     def _histories(self, rows: Rows) -> NDArray[Any]:
         """(n, L) titles seen; those just shown, where they are the same rows, need no second look-up."""
@@ -100,10 +100,7 @@ class WorldBandit(Bandit):
         return self.population.observe_one(row)
 
     def play_one(self, row: int, title: int, u: list[float]) -> tuple[float, dict[str, Any]]:
-        noise = self.population.plain
-        if noise is None:
-            return super().play_one(row, title, u)
-        return self.population.show_one(noise, row, title, u)
+        return self.population.show_one(row, title, u) if self.population.plain else super().play_one(row, title, u)
 
     def action_mask_one(self, row: int) -> NDArray[np.int8]:
         who = self.population

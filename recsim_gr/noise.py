@@ -128,7 +128,9 @@ class WatchTimeNoise:
         # ndtri takes longest, so only where it matters; and np.where is slow, since nobody can guess its flags
         places = np.flatnonzero(~exogenous)
         jitter = np.exp(self.small_noise * ndtri(uniforms[..., 1].ravel().take(places)))
-        satisfaction = np.broadcast_to(exposure.satisfaction, shape)
+        satisfaction = exposure.satisfaction
+        if np.shape(satisfaction) != shape:
+            satisfaction = np.broadcast_to(satisfaction, shape)
         watched.reshape(-1)[places] = _fraction(satisfaction.ravel().take(places)) * jitter
         watched = np.minimum(1.0, watched, out=watched)
         return Scores(_score(watched), watched, exogenous)
