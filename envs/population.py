@@ -79,7 +79,9 @@ class Population:
         self.outside = np.empty(n if config.accept > 0 else 0)
         self.mood = np.empty(n if "mood" in uses else 0)
         self.carried = np.empty((n, world.directions.shape[1])) if config.order_effect > 0 else None
-        self.has_releases = world.catalogue.has_releases
+        self._out: NDArray[np.int8] | None = None  # (n_epochs, I): whether a title is out; None where all are
+        if world.catalogue.has_releases:
+            self._out = (~world.catalogue.unreleased(np.arange(config.n_epochs))).view(np.int8)
         self.plain = config.accept == 0 and config.order_effect == 0
 
     def require(self, rows: Rows) -> None:
@@ -118,18 +120,24 @@ class Population:
     def invalid(self, rows: Rows, titles: Rows, histories: NDArray[Any]) -> Rows:
         """Which of (n,) titles cannot be chosen after (n, L) histories: their places, ascending."""
         seen = seen_before(titles, histories)
-        if not self.has_releases:
+        if self._out is None:
             return seen
         not_out = np.flatnonzero(self.world.release.take(titles) > self.epoch.take(rows))
         return np.union1d(seen, not_out)
 
     def action_mask(self, rows: Rows, histories: NDArray[Any]) -> NDArray[np.int8]:
         """(n, I): 1 for titles that can be chosen after (n, L) histories."""
-        mask = np.ones((len(rows), self.world.n_titles + 1), dtype=np.int8)  # with a place for padding
-        np.put_along_axis(mask, histories, 0, axis=1)
-        mask = np.ascontiguousarray(mask[:, :-1])
-        if self.has_releases:
-            mask[self.world.catalogue.unreleased(self.epoch.take(rows))] = 0
+        n, n_titles = len(rows), self.world.n_titles
+        mask = np.ones((n, n_titles), np.int8) if self._out is None else self._out.take(self.epoch.take(rows), axis=0)
+        places = histories + n_titles * np.arange(n)[:, None]
+        mask.reshape(-1)[places[histories < n_titles] if histories.max() == n_titles else places] = 0
+        return mask
+
+    def action_mask_one(self, row: int) -> NDArray[np.int8]:
+        """(I,): the same of one user after the history."""
+        self.require_one(row)
+        mask = np.ones(self.world.n_titles, np.int8) if self._out is None else self._out[self.epoch.item(row)].copy()
+        mask[self.titles[row, : self.length.item(row)]] = 0
         return mask
 
     def show(self, rows: Rows, titles: Rows, u: FloatArray, invalid: Rows, standing: Standing) -> Played:

@@ -43,7 +43,6 @@ class WorldBandit(Bandit):
         self.population = Population(world, users, pairs, n_best=self.horizon)
         self.n_titles, self.n_contexts = world.n_titles, len(users)
         self._shown: tuple[Rows, NDArray[Any]] | None = None  # histories last observed, and whose
-        self._ones = np.ones(world.n_titles + 1, dtype=np.int8)  # with a place for padding
         self.streams = {"noise": world.noise.uniforms_per_event}
         if config.accept > 0:
             self.streams["accept"] = 1
@@ -103,11 +102,4 @@ class WorldBandit(Bandit):
         return self.population.show_one(row, title, u) if self.population.plain else super().play_one(row, title, u)
 
     def action_mask_one(self, row: int) -> NDArray[np.int8]:
-        who = self.population
-        who.require_one(row)
-        mask = self._ones.copy()
-        mask[who.titles[row]] = 0
-        mask = mask[:-1]
-        if who.has_releases:
-            mask[self.world.release > who.epoch[row]] = 0
-        return mask
+        return self.population.action_mask_one(row)
