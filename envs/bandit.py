@@ -5,7 +5,7 @@ rewards, for many episodes at a time and without state. `Episodes` says which co
 with which noise: both follow from (seed, number of the episode) alone, by independent streams. So the
 single environment and the vector environment beside it, whatever its width, play the same episodes.
 
-With ``horizon`` above 1 an episode is a session: `Sessions` holds what was shown in it so far.
+With a horizon above 1 an episode is a session of several steps, and `Sessions` holds what was shown in it so far.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from numpy.typing import NDArray
 
 from recsim_gr.errors import ConfigError
-from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, seen_mask
+from recsim_gr.observations import HIGHEST_SCORE, seen_mask
 from recsim_gr.randomness import HALF_STEP, generator
 
 FloatArray = NDArray[np.float64]
@@ -124,6 +124,10 @@ class Bandit(ABC):
 
     # One context at a time. Arrays of length 1 are slow; a bandit may do better, with the same results.
 
+    def user_one(self, row: int) -> int:
+        """Whose context it is."""
+        return int(self.users(np.array([row]))[0])
+
     def observe_one(self, row: int) -> Observation:
         """The observation of one context."""
         return {name: values[0] for name, values in self.observe(np.array([row])).items()}
@@ -195,7 +199,7 @@ def observation_space(
 
     Args:
         n_titles: I, which is also the padding of ``titles``.
-        length: L.
+        length: L, the columns.
         n_epochs: epochs are 0 to n_epochs − 1.
         bounded_scores: whether scores stay in [1, 5]; with the padding they are then in [0, 5].
         longest_hours: the latest time of an event.
@@ -248,7 +252,7 @@ class BanditEnv(gymnasium.Env[Observation, np.int64]):
         self._now = row, u = next(self._following)
         if self._sessions is not None:
             self._sessions.start(FIRST, np.array([row]), np.array([u]))
-        return self._observe(row), {"action_mask": self._action_mask(row), "user": int(self.bandit.users(row))}
+        return self._observe(row), {"action_mask": self._action_mask(row), "user": self.bandit.user_one(row)}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Shows the user a title. The episode may end with it; the observation then stays what it was.

@@ -98,7 +98,7 @@ class Population:
         """Of (n,) users after their histories; the arrays are the caller's own."""
         return Standing(self.normaliser.take(rows), None if self.carried is None else self.carried.take(rows, axis=0))
 
-    def standing_after(self, rows: Rows, histories: Rows, times: NDArray[np.float32], now: FloatArray) -> Standing:
+    def standing_after(self, rows: Rows, histories: Rows, times: NDArray[Any], now: NDArray[Any]) -> Standing:
         """Of (n,) users after other histories than their own, (n, L), summed over the whole catalogue.
 
         Args:
@@ -230,8 +230,8 @@ class Population:
         allure = self.world.allure.item(self.epoch.item(row), title) if "allure" in noise.uses else 0.0
         mood = self.mood.item(row) if "mood" in noise.uses else 0.0
         exposure = Exposure(*map(np.asarray, (satisfaction, free_time, duration, allure, mood)))
-        score, watched, exogenous = (part.item() for part in noise.sample(exposure, np.array(u)))
-        return score, watched, exogenous
+        outcome = noise.sample(exposure, np.array(u))
+        return float(outcome.score), float(outcome.watched), bool(outcome.exogenous)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,9 @@ class Population:
         """(n,): the utility of some title that can be chosen, less its log-probability, from (n, I)."""
         _, pull = self.pairs.at(rows, titles)
         utility = self._utility(rows, self._places(rows, titles), pull)
-        return utility + self._carry_over(titles, carried) - np.take_along_axis(log_probs, titles[:, None], axis=1)[:, 0]
+        return (
+            utility + self._carry_over(titles, carried) - np.take_along_axis(log_probs, titles[:, None], axis=1)[:, 0]
+        )
 
     def _places(self, rows: Rows, titles: Rows) -> Rows:
         """(n,): of (epoch, title) in the flattened tables of an epoch a row."""

@@ -64,15 +64,16 @@ class RewardModelEnv(BanditEnv):
     | ``length`` | int64 | () | t, 0 to L − 1: how many are real |
     | ``epoch`` | int64 | () | 0 to the log's last epoch |
 
-    **Action**: ``Discrete(I)``, the title. A title among the t seen is legal and worth nothing: reward 1, ``invalid``
-    true.
+    **Action**: ``Discrete(I)``, the title. A title among the t seen, or not out yet in the epoch, is legal and worth
+    nothing: reward 1, ``invalid`` true.
 
     **Reward**: float, r̂(x, a): the ensemble's mean prediction of the score, in points. It is not cut to [1, 5].
 
     **Termination**: always after the one step; never truncated. The observation returned with it is the same context.
 
-    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, the log's. At the step:
-    ``invalid``, bool, whether the title had been seen before. The truth is not in it, since nobody knows it here.
+    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles that are out and not seen; ``user``, int, the log's. At
+    the step: ``invalid``, bool, whether the title had been seen before, or is not out. The truth is not in it, since
+    nobody knows it here.
 
     **Randomness**: ``reset(seed=s)`` starts a stream of contexts: uniform over the events of the log, each standing
     for the history before it. The reward has none.
@@ -158,6 +159,8 @@ class RewardModelBandit(Bandit):
                 f"the log has {log.n_titles} titles, the reward model {rewards.n_titles}; fit it on this log"
             )
         self.log, self.table, self.histories = log, rewards.on(log), log.sequences()
+        catalogue = log.catalogue
+        self.releases = catalogue.release if catalogue is not None and catalogue.has_releases else None
         self.rows = np.cumsum(log.step == 0) - 1  # of each event, the row of its user
         self.n_titles, self.n_contexts, self.streams = log.n_titles, len(log), {}
         self.observation_space = observation_space(
@@ -182,8 +185,16 @@ class RewardModelBandit(Bandit):
             "epoch": self.log.epoch[rows],
         }
 
+    def action_mask(self, rows: Rows) -> NDArray[np.int8]:
+        mask = super().action_mask(rows)
+        if self.releases is not None:
+            mask[self.releases > self.log.epoch[rows][:, None]] = 0
+        return mask
+
     def play(self, rows: Rows, titles: Rows, u: FloatArray, *, regret: bool) -> Played:
         invalid = at(seen_before(titles, self.observe(rows)["titles"]), len(rows))
+        if self.releases is not None:
+            invalid |= self.releases[titles] > self.log.epoch[rows]
         predicted = self.table.at(self.rows[rows], self.log.step[rows], titles)
         return Played(np.where(invalid, LOWEST_SCORE, predicted.astype(np.float64)), invalid, {})
 

@@ -30,9 +30,7 @@ class WorldSessions:
         regret: whether infos say it.
     """
 
-    def __init__(
-        self, population: Population, n: int, horizon: int, uniforms_per_step: int, *, regret: bool
-    ) -> None:
+    def __init__(self, population: Population, n: int, horizon: int, uniforms_per_step: int, *, regret: bool) -> None:
         world, width = population.world, population.titles.shape[1] + horizon - 1
         self.population, self.world, self.horizon = population, world, horizon
         self._rows = np.zeros(n, dtype=np.int64)

@@ -15,20 +15,26 @@ from recsim_gr.envs.bandit import Bandit, Episodes, FloatArray, Observation, Pla
 class BanditVectorEnv(VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
     """``num_envs`` episodes at a time; its subclasses are the registered vector environments.
 
-    Every step ends every episode, and the next contexts come with it (``AutoresetMode.SAME_STEP``). As Gymnasium's own
-    vector environments do in that mode, it returns the observations and infos of the *new* episodes, and puts what the
-    actions earned into ``infos["final_info"]``; beside each key of an info, ``_key`` is an array of True. Environment
-    i plays episodes i, num_envs + i, … of the seed, which are the single environment's.
+    A step that ends an episode brings the next context with it (``AutoresetMode.SAME_STEP``); where the horizon is 1,
+    as it is by default, that is every step of every environment. As Gymnasium's own vector environments do in that
+    mode, it then returns the observations and infos of the *new* episodes, and puts what the actions earned into
+    ``infos["final_info"]``; where a session goes on, that stands in ``infos`` itself. Beside each key of an info,
+    ``_key`` says of which environments it is; the others' values are 0.
+
+    The episodes of a seed are the single environment's. An environment whose episode ends takes the next one, and of
+    several that end in one step the lower takes the earlier. As long as all episodes have the same length (where no
+    user can abandon a session), environment i therefore plays episodes i, num_envs + i, …
 
     What costs time or memory is there on request only.
 
     Args:
         bandit: contexts and rewards.
         num_envs: n.
-        action_mask: puts ``action_mask``, int8 (n, I), into the infos of reset and step.
+        action_mask: puts ``action_mask``, int8 (n, I), into the infos of reset and step; of what comes next.
         regret: puts ``regret`` and ``best_satisfaction``, float64 (n,), into ``final_info``, where they are known.
-        final_obs: puts ``final_obs`` into the infos of a step: an object array of n dictionaries. They say what the
-            call before returned, since a context does not change with the step that ends its episode.
+        final_obs: puts ``final_obs`` into the infos of a step: an object array of n dictionaries, None where no episode
+            ended. They say what the call before returned, since a context does not change with the step that ends its
+            episode.
 
     Raises:
         ConfigError: fewer than one environment.

@@ -20,41 +20,53 @@ ConfigT = TypeVar("ConfigT", bound=BehaviourConfig)
 class WatchTimeEnv(BanditEnv):
     """Recommend one title to a simulated user; the reward is what the user's watch time says of it.
 
-    A contextual bandit: one step an episode. The user is shown the title whatever they would have chosen (a forced
-    exposure), and their score mixes true satisfaction with exogenous sessions, as the noise model says.
+    A contextual bandit: one step an episode, unless ``horizon`` makes it a session. The user is shown the title
+    whatever they would have chosen (a forced exposure, unless ``accept`` is on), and their score mixes true
+    satisfaction with exogenous sessions, as the noise model says.
 
-    **Observation**, a dictionary; L is ``history_length`` (20), I is ``n_titles`` (1,000):
+    **Observation**, a dictionary; L is ``history_length`` (20) + ``horizon`` (1) − 1, I is ``n_titles`` (1,000):
 
     | key | type | shape | what |
     |---|---|---|---|
     | ``titles`` | int64 | (L,) | titles watched, in order; 0 to I − 1, padding I |
     | ``scores`` | float32 | (L,) | scores they got, points in [1, 5] (``gaussian``: unbounded), padding 0 |
     | ``times`` | float32 | (L,) | hours since the epoch began, padding 0 |
-    | ``length`` | int64 | () | how many are real: always L here |
+    | ``length`` | int64 | () | how many are real; they come first |
     | ``epoch`` | int64 | () | 0 to n_epochs − 1; test users live in the last |
 
-    **Action**: ``Discrete(I)``, the title shown. A title of the history is legal and worth nothing: reward and
-    satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
+    **Action**: ``Discrete(I)``, the title shown. A title seen before, or not out yet in the user's epoch, is legal and
+    worth nothing: reward and satisfaction 1, propensity 0, watch time 0, ``invalid`` true.
 
-    **Reward**: float, the observed score in points: 1 + 4·(watched fraction), in [1, 5].
+    **Reward**: float, the observed score in points: 1 + 4·(watched fraction), in [1, 5]; other noise models than
+    ``watch_time`` do not keep to [1, 5]. With ``accept`` on, a title that the user abandons is worth 1.
 
-    **Termination**: always after the one step; never truncated. The observation returned with it is the same context.
+    **Termination**: after ``horizon`` steps, by default one; never truncated, since the horizon is part of the task.
+    With ``accept`` on, a session also ends when the user abandons a title. The observation returned with the last step
+    is the context that it was taken in.
 
-    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles not seen; ``user``, int, for referees: it names the
-    user in `World`. At the step:
+    **Sessions** (``horizon`` H > 1): the title shown joins the history, with its score, 0.7 hours after the event
+    before it; masks, propensities and the best title are those of the longer history. An invalid title joins nothing,
+    and the step counts; nor does the title of the last step, since nobody chooses after it. The first title's
+    propensity is at the hour at which the user really chose next, the others' at the hour they get (it matters for
+    ``order_effect`` alone). The user's mood (``drift``) stays what it was at the first.
+
+    **Info** at reset: ``action_mask``, int8 (I,), 1 for titles that are out and not seen; ``user``, int, for referees:
+    it names the user in `World`. At a step (of a session with the ``action_mask`` of what follows):
 
     | key | type | what |
     |---|---|---|
     | ``satisfaction`` | float | the truth, points in [1, 5] |
-    | ``best_satisfaction`` | float | that of the best title not seen |
-    | ``regret`` | float | their difference |
+    | ``best_satisfaction`` | float | that of the best title left; with ``accept`` on, its worth on average |
+    | ``regret`` | float | their difference; 0 or more, with ``accept`` on only on average |
     | ``propensity`` | float | the logging policy's probability of the title after this history, [0, 1] |
     | ``watch_minutes`` | float | minutes watched |
     | ``duration_minutes`` | float | minutes the title lasts |
     | ``exogenous`` | bool | whether the score had nothing to do with satisfaction |
-    | ``invalid`` | bool | whether the title had been seen before |
+    | ``invalid`` | bool | whether the title had been seen before, or is not out |
+    | ``accepted`` | bool | whether the user watched it; there only where ``accept`` is on, false where invalid |
 
-    **Randomness**: ``reset(seed=s)`` starts two independent streams, of users and of noise. Users are drawn uniformly
+    **Randomness**: ``reset(seed=s)`` starts independent streams, of users, noise and acceptance. Every episode owns a
+    stretch of each, so what comes in it does not depend on what was done in those before it. Users are drawn uniformly
     from the first ``pool_users`` of the split, with their histories as in a log of as many users. The world itself
     follows from ``world_seed``.
 
@@ -70,6 +82,7 @@ class WatchTimeEnv(BanditEnv):
     Args:
         split: whose users: ``train``, ``validation``, ``test`` or ``judge``.
         pool_users: how many users come; each is held in some 500 bytes, and prepared when it first comes.
+        horizon: H, the steps of an episode. Histories and sessions together must fit into the titles that are out.
         world_seed: the seed of the world, ``WorldConfig.seed``. (Seeds of episodes go to ``reset``.)
         world: an existing world, instead of ``world_seed`` and ``config``.
         **config: any other fields of `WorldConfig`.
@@ -79,7 +92,8 @@ class WatchTimeEnv(BanditEnv):
         UnknownArgumentError: a keyword that is no field of `WorldConfig`.
 
     Versions:
-        v0: first version. Its bytes are frozen by a checksum in the tests.
+        v0: first version. Its bytes are frozen by a checksum in the tests. Sessions, acceptance and the world's other
+            options came later; they are off by default, and then change no byte.
     """
 
     def __init__(
@@ -112,7 +126,7 @@ class WatchTimeVectorEnv(BanditVectorEnv):
     Args:
         num_envs: n.
         action_mask, regret, final_obs: what is given on request.
-        split, pool_users, world_seed, world, **config: as in `WatchTimeEnv`.
+        split, pool_users, horizon, world_seed, world, **config: as in `WatchTimeEnv`.
 
     Versions:
         v0: first version.
@@ -190,4 +204,4 @@ class FactorPairs:
         # einsum too, since another product adds up in another order
         product, pull = np.einsum("kd,d->k", self.vectors[row], self.world.traits[title]).tolist()
         logit = product + self.world.quality.item(title) + self.leniency.item(row)
-        return float(self.world.satisfaction_at(np.float64(logit))), pull
+        return float(self.world.satisfaction_at(np.asarray(logit))), pull

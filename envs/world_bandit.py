@@ -95,6 +95,9 @@ class WorldBandit(Bandit):
 
     # -- one context at a time ------------------------------------------------------------------------------------
 
+    def user_one(self, row: int) -> int:
+        return self.population.users.item(row)
+
     def observe_one(self, row: int) -> Observation:
         return self.population.observe_one(row)
 

@@ -255,7 +255,7 @@ class WorldBase(ABC):
 
         return fill
 
-    def carry_over(self, histories: NDArray[np.int64], times: FloatArray, now: FloatArray) -> FloatArray:
+    def carry_over(self, histories: NDArray[np.int64], times: NDArray[Any], now: NDArray[Any]) -> FloatArray:
         """What the titles of the last hours add to every title's utility: ω·Σ_j exp(−(now − t_j)/2 h)·⟨v_j, v_i⟩.
 
         Args:
@@ -268,7 +268,7 @@ class WorldBase(ABC):
         """
         return self.config.order_effect * products(self.carried(histories, times, now), self.directions)
 
-    def carried(self, histories: NDArray[np.int64], times: FloatArray, now: FloatArray) -> FloatArray:
+    def carried(self, histories: NDArray[np.int64], times: NDArray[Any], now: NDArray[Any]) -> FloatArray:
         """(n, d): Σ_j exp(−(now − t_j)/2 h)·v_j, whose products with the titles' directions `carry_over` weighs."""
         vectors = np.concatenate([self.directions, np.zeros((1, self.directions.shape[1]))])  # padding carries nothing
         fading = np.exp(-np.maximum(np.asarray(now, dtype=np.float64)[:, None] - times, 0.0) / CARRY_OVER_HOURS)

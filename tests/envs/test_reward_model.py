@@ -56,6 +56,23 @@ def test_contexts_are_prefixes_and_rewards_the_models(log: InteractionLog) -> No
     assert came == {(row, step) for row in range(7) for step in range(4)}
 
 
+def test_titles_that_are_not_out_are_masked_and_worth_nothing() -> None:
+    late = World(WorldConfig(n_titles=12, history_length=4, cold_share=0.5)).generate_log(40)
+    env: Any = gymnasium.make(REWARD_MODEL, rewards=Arithmetic(), log=late).unwrapped
+    envs: Any = gymnasium.make_vec(REWARD_MODEL, num_envs=100, rewards=Arithmetic(), log=late, action_mask=True)
+    observations, infos = envs.reset(seed=0)
+    expected = Observations(**observations, n_titles=12, catalogue=late.catalogue).unavailable()
+    np.testing.assert_array_equal(infos["action_mask"] == 0, expected)
+    titles = np.arange(100) % 12
+    _, rewards, _, _, infos = envs.step(titles)
+    invalid = expected[np.arange(100), titles]
+    assert not (expected == expected[0]).all()
+    np.testing.assert_array_equal(infos["final_info"]["invalid"], invalid)
+    assert (rewards[invalid] == 1.0).all()
+    for i in range(100):
+        np.testing.assert_array_equal(env.reset(seed=0 if i == 0 else None)[1]["action_mask"] == 0, expected[i])
+
+
 def test_contexts_are_uniform(log: InteractionLog) -> None:
     envs = gymnasium.make_vec(REWARD_MODEL, num_envs=28_000, rewards=Arithmetic(), log=log)
     observations, infos = envs.reset(seed=0)

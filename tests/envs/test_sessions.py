@@ -68,7 +68,8 @@ def play(env: Any, episodes: int, choose: Callable[..., int]) -> Iterator[list[S
     """Episodes from seed 4 on; ``choose(episode, step, user, observation, mask)`` names the titles."""
     for episode in range(episodes):
         observation, info = env.reset(seed=4 if episode == 0 else None)
-        user, mask, steps = info["user"], info["action_mask"], []
+        user, mask = info["user"], info["action_mask"]
+        steps: list[Step] = []
         while not steps or not steps[-1].over:
             title = choose(episode, len(steps), user, observation, mask)
             after, reward, over, truncated, info = env.step(title)
@@ -109,7 +110,7 @@ def test_the_vector_environment_plays_the_single_environments_episodes(options: 
     observations, infos = envs.reset(seed=4)
     episode, step, following = np.arange(3), np.zeros(3, dtype=int), 3
     while (episode < n_episodes).any():
-        actions = np.array([action(e, s, n_titles) for e, s in zip(episode, step, strict=True)])
+        actions = np.array([action(e, s, n_titles) for e, s in zip(episode.tolist(), step.tolist(), strict=True)])
         before, masks = observations, infos["action_mask"]
         observations, rewards, over, _, infos = envs.step(actions)
         for lane in range(3):
@@ -247,9 +248,11 @@ def test_rewards_average_to_the_expected_score_also_late_in_a_session(make_vec: 
     errors, n_titles = [[], [], []], envs.bandit.n_titles  # type: ignore[var-annotated]
     world, rng = envs.bandit.world, np.random.default_rng(0)
     _, infos = envs.reset(seed=0)
+    users = infos["user"]
     table = world.expected_score(world.users("train", 30))
     for number in range(30):
-        users = infos["user"] if number % 3 == 0 else users  # noqa: PLW0127, F821 (a session keeps its user)
+        if number % 3 == 0:  # a session keeps its user
+            users = infos["user"]
         titles = rng.integers(n_titles, size=2_000)
         _, rewards, _, _, infos = envs.step(titles)
         final = infos.get("final_info", infos)
@@ -318,4 +321,4 @@ def test_equal_seeds_equal_sessions(make_vec: Make) -> None:
         envs = make_vec(WATCH_TIME, 5, horizon=3, accept=0.8)
         envs.reset(seed=7)
         rewards.append(np.stack([envs.step(np.arange(5) * 3 + step)[1] for step in range(9)]))
-    np.testing.assert_array_equal(*rewards)
+    np.testing.assert_array_equal(rewards[0], rewards[1])
