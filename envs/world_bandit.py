@@ -55,7 +55,7 @@ class WorldBandit(Bandit):
         )
 
     def users(self, rows: Rows) -> Rows:
-        return self.population.users[rows]
+        return self.population.users.take(rows)
 
     def observe(self, rows: Rows) -> dict[str, NDArray[Any]]:
         who = self.population
