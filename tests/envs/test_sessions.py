@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from recsim_gr.envs import WatchTimeEnv, WatchTimeVectorEnv
+from recsim_gr.envs.bandit import Episodes
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import Observations
+from recsim_gr.randomness import uniforms
 from recsim_gr.scoring import ROLLOUT_GAP_HOURS
 
 Make = Callable[..., Any]
@@ -313,6 +315,21 @@ def test_the_longest_session_uses_up_the_catalogue(make: Make) -> None:
         assert steps[-1].mask.sum() == 1
         assert steps[-1].info["propensity"] == pytest.approx(1.0, rel=1e-9)
         assert steps[-1].info["regret"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(7, 1, 504), (512,)])
+def test_episodes_are_positioned_in_their_streams(make: Make, sizes: tuple[int, ...]) -> None:
+    bandit = make(WATCH_TIME, horizon=3, accept=0.5).bandit
+    episodes = Episodes(bandit, seed=6)
+    rows, u = (np.concatenate(parts) for parts in zip(*(episodes.take(n) for n in sizes), strict=True))
+    halves = np.arange(2)  # stretches of 256 episodes
+
+    def stream(purpose: str, each: int) -> np.ndarray:
+        return uniforms(6, f"environment/{purpose}", halves, 256 * each).reshape(512, each)
+
+    np.testing.assert_array_equal(rows, np.floor(stream("context", 1)[:, 0] * bandit.n_contexts))
+    np.testing.assert_array_equal(u[..., :3], stream("noise", 9).reshape(512, 3, 3))
+    np.testing.assert_array_equal(u[..., 3], stream("accept", 3))
 
 
 def test_equal_seeds_equal_sessions(make_vec: Make) -> None:
