@@ -98,6 +98,11 @@ def test_the_truth_is_not_in_it(make: Make) -> None:
     assert set(env.step(0)[4]) == {"invalid"}
 
 
+def test_it_has_no_sessions(log: InteractionLog) -> None:
+    with pytest.raises(TypeError, match="horizon"):
+        gymnasium.make(REWARD_MODEL, rewards=Arithmetic(), log=log, horizon=2)
+
+
 def test_both_or_neither(log: InteractionLog) -> None:
     with pytest.raises(ConfigError, match="log is missing"):
         gymnasium.make(REWARD_MODEL, rewards=Arithmetic())
