@@ -63,6 +63,7 @@ class Population:
         self.scores = np.empty((n, length), dtype=np.float32)
         self.times = np.empty((n, length), dtype=np.float32)
         self.length = np.empty(n, dtype=np.int64)
+        self.next_time = np.empty(n, dtype=np.float32)  # hours at which the next title is chosen
         self.normaliser = np.empty(n)  # `Standing.log_mass` after the history
         self.best_titles = np.empty((n, n_best), dtype=np.int64)
         self.best = np.empty((n, n_best))  # what recommending them is worth, descending
@@ -240,7 +241,7 @@ class Population:
         contexts = self.world.contexts_of(users)
         seen, now = contexts.observations, contexts.next_times
         self.titles[block], self.scores[block], self.times[block] = seen.titles, seen.scores, seen.times
-        self.length[block] = seen.length
+        self.length[block], self.next_time[block] = seen.length, now
         if self.accept > 0:
             self.outside[block] = outside_utility(self.world.utilities(users))
         if len(self.mood) > 0:

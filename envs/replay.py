@@ -43,11 +43,10 @@ class ReplayEnv(BanditEnv):
     With ``accept`` on, a session also ends when the user abandons a title. The observation returned with the last step
     is the context that it was taken in.
 
-    **Sessions** (``horizon`` H > 1): the title shown joins the history, with its score, 0.7 hours after the event
-    before it; masks, propensities and the best title are those of the longer history. An invalid title joins nothing,
-    and the step counts; nor does the title of the last step, since nobody chooses after it. The first title's
-    propensity is at the hour at which the user really chose next, the others' at the hour they get (it matters for
-    ``order_effect`` alone). The user's mood (``drift``) stays what it was at the first.
+    **Sessions** (``horizon`` H > 1): the title shown joins the history with its score, the first at the hour at which
+    the user really chose next, the others 0.7 hours after the one before; masks, propensities and the best title are
+    those of the longer history. An invalid title joins nothing, and the step counts; nor does the title of the last
+    step, since nobody chooses after it. The user's mood (``drift``) stays what it was at the first.
 
     **Info** at reset: ``action_mask``, int8 (I,), 1 for titles that are out and not seen; ``user``, int, the row of the
     matrix, for referees. At a step (of a session with the ``action_mask`` of what follows):

@@ -18,8 +18,9 @@ sixteen digits are lost."""
 class WorldSessions:
     """n sessions that run at once, each at its own step: `recsim_gr.envs.bandit.Sessions` of a world.
 
-    Where a session goes on after a step, the title shown joins the history: with its score, `ROLLOUT_GAP_HOURS` after
-    the event before it. A title seen before, in the history or in the session, joins nothing, and the step counts. The
+    Where a session goes on after a step, the title shown joins the history with its score: the first at the hour at
+    which the user comes back (`recsim_gr.observations.Contexts.next_times`), the others `ROLLOUT_GAP_HOURS` after the
+    event before them. A title seen before, in the history or in the session, joins nothing, and the step counts. The
     title of the last step joins nothing either, since nobody chooses after it.
 
     Args:
@@ -112,9 +113,10 @@ class WorldSessions:
         self._length[lanes] += 1
 
     def _next_hour(self, lanes: Rows) -> NDArray[np.float32]:
-        """(k,): when the next title follows."""
-        last: NDArray[np.float32] = self._times[lanes, self._length[lanes] - 1]
-        return last + np.float32(ROLLOUT_GAP_HOURS)
+        """(k,): when the next title follows: the first of a session when the user comes back, the others at once."""
+        who, rows, length = self.population, self._rows[lanes], self._length[lanes]
+        soon: NDArray[np.float32] = self._times[lanes, length - 1] + np.float32(ROLLOUT_GAP_HOURS)
+        return np.where(length == who.length[rows], who.next_time[rows], soon)
 
     def _take_away(self, lanes: Rows, propensity: FloatArray) -> None:
         """The logging policy without the titles just shown in the given lanes, (k,), of the given propensities."""

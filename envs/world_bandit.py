@@ -51,7 +51,7 @@ class WorldBandit(Bandit):
             config.history_length + self.horizon - 1,
             config.n_epochs,
             world.noise.bounded,
-            LONGEST_GAP_HOURS * config.history_length + ROLLOUT_GAP_HOURS * (self.horizon - 1),
+            LONGEST_GAP_HOURS * (config.history_length + (self.horizon > 1)) + ROLLOUT_GAP_HOURS * (self.horizon - 1),
         )
 
     def users(self, rows: Rows) -> Rows:

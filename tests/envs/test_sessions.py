@@ -180,7 +180,8 @@ def assert_figures(env: Any, choose: Callable[..., int], noise_model: str) -> No
             assert step.over == (number + 1 == horizon or leaves)
             if not step.over and not step.info["invalid"]:
                 seen = seen.append(np.array([step.title]), np.array([step.reward], np.float32), ROLLOUT_GAP_HOURS)
-                now = seen.times[[0], seen.length - 1] + np.float32(ROLLOUT_GAP_HOURS)
+                seen.times[0, seen.length - 1] = now  # the first when the user came back, the others at once
+                now = now + np.float32(ROLLOUT_GAP_HOURS)
         assert_history(steps[-1].after, seen, horizon)
 
 
