@@ -1,0 +1,613 @@
+"""A world in numbers: how good its scores are, what is popular, who chooses what, and how it changes.
+
+Everything follows from the world's config and the number of users looked at. What is said of *pairs* of a user and a
+title is exact for those users; what is said of *events* is counted in their histories.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from recsim_gr import metrics
+from recsim_gr.behaviour import FloatArray
+from recsim_gr.benchmarks.world_sample import (
+    SATISFACTION_EDGES,
+    TERCILES,
+    Events,
+    Notify,
+    Sample,
+    draw_sample,
+    first_choice,
+)
+from recsim_gr.noise import NOISE_MODELS, DurationDebiasedNoise, Exposure, RewardNoise, WatchTimeNoise
+from recsim_gr.observations import HIGHEST_SCORE
+from recsim_gr.randomness import uniforms
+from recsim_gr.replay import ReplayWorld
+from recsim_gr.world import World
+from recsim_gr.world_base import WorldBase
+
+DIALS = tuple(k / 10 for k in range(11))
+"""Settings of the noise dial at which every model is measured."""
+
+ALIGNMENT_CELLS = 500_000
+"""Pairs that the alignment of every model and dial is averaged over: 500 users of 1,000 titles, a standard error of
+about .005, at two seconds for 55 settings."""
+
+BINS, DURATION_BINS, TITLE_GROUPS = 40, 10, 20
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+TOP_SHARE = 0.01
+LIKENESS_BINS = 15
+TAIL = 0.002
+"""Share of an unbounded quantity that stands in the first and in the last bin of its histogram."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How a positive quantity varies.
+
+    Attributes:
+        edges: (B + 1,) of its histogram.
+        shares: (B,).
+        quantiles: at `LEVELS`.
+        mean: of it.
+    """
+
+    edges: FloatArray
+    shares: FloatArray
+    quantiles: tuple[float, ...]
+    mean: float
+
+    @classmethod
+    def of(cls, values: NDArray[Any], edges: FloatArray | None = None) -> "Spread":
+        """Of values above 0; without ``edges`` in bins of equal ratio, the tails in the first and the last."""
+        if edges is None:
+            low, high = (float(q) for q in np.quantile(values, [TAIL, 1.0 - TAIL]))
+            edges = np.geomspace(low, max(high, 1.05 * low), BINS + 1)
+        shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+        quantiles = tuple(float(q) for q in np.quantile(values, LEVELS))
+        return cls(edges, shares, quantiles, float(values.mean()))
+
+    def at(self, level: float) -> float:
+        """One of the quantiles."""
+        return self.quantiles[LEVELS.index(level)]
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """One quantity under random exposure (``forced``) and in the log (``chosen``).
+
+    Attributes:
+        edges: (B + 1,); what lies outside counts to the first or the last bin.
+        forced, chosen: (B,) shares, the atom apart.
+        atom: ``(forced, chosen)`` shares at exactly 5.
+        mean, deviation: likewise.
+    """
+
+    edges: FloatArray
+    forced: FloatArray
+    chosen: FloatArray
+    atom: tuple[float, float]
+    mean: tuple[float, float]
+    deviation: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Signal:
+    """How good scores are, for each noise model at each dial, the world being the same otherwise.
+
+    Attributes:
+        models: M names.
+        dials: (D,).
+        within_user, pooled: (M, D) reliability: signed corr² of score and satisfaction over logged events.
+        alignment: (M, D): the same of the expected score, what a perfect model of the score could know.
+        own: the model and dial of this world, and its three figures.
+    """
+
+    models: tuple[str, ...]
+    dials: tuple[float, ...]
+    within_user: FloatArray
+    pooled: FloatArray
+    alignment: FloatArray
+    own: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Popularity:
+    """Logged events by title.
+
+    Attributes:
+        train, test: (I,) events of each title, descending.
+        gini, top: ``(train, test)``: Gini coefficient, and share of the top 1 % of the titles.
+        rating_correlation: of log(events) and mean score over titles with 5 training events or more.
+    """
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    gini: tuple[float, float]
+    top: tuple[float, float]
+    rating_correlation: float
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """How long histories are and how their events lie in time, training users.
+
+    Attributes:
+        lengths: (history_length,) share of the users with 1, 2, … events.
+        length: events a user.
+        gap: hours between neighbouring events; None where histories are one event long.
+        days: from the first event to the last of a user; likewise.
+        neighbours: mean cosine of neighbouring titles' directions, after short and after long gaps, where
+            ``order_effect`` is on.
+    """
+
+    lengths: FloatArray
+    length: Spread
+    gap: Spread | None
+    days: Spread | None
+    neighbours: tuple[float, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """Watching against duration, titles in equally large groups by duration; (G,) each.
+
+    Attributes:
+        minutes: median duration of the group.
+        events: logged events.
+        observed, forced: share of events watched to the end: logged, and under random exposure.
+        exact: its expectation over the logged events, given their users and titles; NaN where scores are no watch time.
+        watched: median minutes watched of a logged event.
+        quantiles: 5, 25, 50, 75 and 95 % of the catalogue's durations.
+    """
+
+    minutes: FloatArray
+    events: NDArray[np.int64]
+    observed: FloatArray
+    forced: FloatArray
+    exact: FloatArray
+    watched: FloatArray
+    quantiles: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How epochs differ; (T,) or (T, T).
+
+    Attributes:
+        appeal: correlation of appeal, on its normal scale, between epochs.
+        popularity: Spearman correlation of titles' first-choice shares among different users of two epochs; within an
+            epoch among its two halves, which is as high as sampling allows.
+        taste: length of the population's mean taste, in deviations of taste along an axis; None without tastes.
+        released: share of the titles that are out.
+        cold_exposure: share of the choices that go to titles which came out after the first epoch.
+    """
+
+    appeal: FloatArray
+    popularity: FloatArray
+    taste: FloatArray | None
+    released: FloatArray
+    cold_exposure: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Confounding:
+    """What a title is worth to those who choose it, against what it is worth to everybody.
+
+    Titles in groups by what they are worth to everybody; users in terciles of discernment. Exact for these users.
+
+    Attributes:
+        forced: (G,) mean satisfaction of the group's titles over all users.
+        chosen: (3, G) the same over those who choose a title, weighted by first-choice propensities.
+        forced_score, chosen_score: the same of the expected score.
+        discernment: (3,) mean of each tercile.
+        gap, gap_score: (3,) chosen − forced, mean over titles, for each tercile.
+        overall: ``(satisfaction, score)``: the gap over all users.
+    """
+
+    forced: FloatArray
+    chosen: FloatArray
+    forced_score: FloatArray
+    chosen_score: FloatArray
+    discernment: FloatArray
+    gap: FloatArray
+    gap_score: FloatArray
+    overall: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Who chooses how, training users.
+
+    Attributes:
+        perplexity: of the first choice, in titles.
+        discernment: of the users.
+        bins: (K,) mean discernment of groups of users, ascending.
+        likeness: (K, 3) 10, 50 and 90 % quantiles of the within-user correlation of utility and satisfaction there.
+        acceptance: mean probability that a title shown at random is watched.
+    """
+
+    perplexity: Spread
+    discernment: Spread
+    bins: FloatArray
+    likeness: FloatArray
+    acceptance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Portrait:
+    """All that is known of a world.
+
+    Attributes:
+        env_id: of the environment over this kind of world.
+        n_titles, n_users, n_test_users: what was looked at.
+        variance: shares of the variance of satisfaction over pairs: user, title, rest.
+    """
+
+    env_id: str
+    n_titles: int
+    n_users: int
+    n_test_users: int
+    n_events: int
+    variance: tuple[float, float, float]
+    satisfaction: Distribution
+    score: Distribution
+    signal: Signal
+    popularity: Popularity
+    histories: Histories
+    completion: Completion
+    drift: Drift
+    confounding: Confounding
+    choices: Choices
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return values
+
+
+def portray(world: WorldBase, n_users: int, notify: Notify = lambda share, what: None) -> Portrait:
+    """Looks at up to ``n_users`` training users of a world, and as many test users.
+
+    Args:
+        world: of either kind.
+        n_users: at least 2.
+        notify: told how far it is.
+    """
+    sample = draw_sample(world, n_users, lambda share, what: notify(0.6 * share, what))
+    signal = _signal(sample, lambda share, what: notify(0.6 + 0.4 * share, what))
+    return Portrait(
+        env_id=world.env_id,
+        n_titles=world.n_titles,
+        n_users=len(sample.train),
+        n_test_users=len(sample.test),
+        n_events=int(sample.log.logged.sum()),
+        variance=_variance_shares(sample),
+        satisfaction=_satisfaction(sample),
+        score=_score(sample),
+        signal=signal,
+        popularity=_popularity(sample),
+        histories=_histories(sample),
+        completion=_completion(sample),
+        drift=_drift(sample),
+        confounding=_confounding(sample),
+        choices=_choices(sample),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ distributions
+
+
+def _satisfaction(sample: Sample) -> Distribution:
+    """Of all pairs, exact, beside the logged events."""
+    sums, chosen = sample.sums, sample.log.of(sample.log.facts.satisfaction)
+    n = sums.n.sum()
+    mean = sums.satisfaction.sum() / n
+    return Distribution(
+        SATISFACTION_EDGES,
+        sums.histogram / n,
+        np.histogram(chosen, SATISFACTION_EDGES)[0] / len(chosen),
+        atom=(0.0, 0.0),
+        mean=(float(mean), float(chosen.mean())),
+        deviation=(float(np.sqrt(sums.square.sum() / n - mean**2)), float(chosen.std())),
+    )
+
+
+def _score(sample: Sample) -> Distribution:
+    forced, chosen = (events.of(events.score) for events in (sample.forced, sample.log))
+    edges = SATISFACTION_EDGES
+    if not sample.world.noise.bounded:
+        both = np.concatenate([forced, chosen])
+        edges = np.linspace(*np.quantile(both, [TAIL, 1.0 - TAIL]), BINS + 1)
+    at_top = [values == HIGHEST_SCORE for values in (forced, chosen)]
+    shares = [
+        np.histogram(np.clip(values[~top], edges[0], edges[-1]), edges)[0] / len(values)
+        for values, top in zip((forced, chosen), at_top, strict=True)
+    ]
+    return Distribution(
+        edges,
+        shares[0],
+        shares[1],
+        atom=(float(at_top[0].mean()), float(at_top[1].mean())),
+        mean=(float(forced.mean()), float(chosen.mean())),
+        deviation=(float(forced.std()), float(chosen.std())),
+    )
+
+
+def _variance_shares(sample: Sample) -> tuple[float, float, float]:
+    """Of satisfaction over pairs: between users, between titles, and the rest (noise-free personal taste)."""
+    sums = sample.sums
+    n, there = sums.n.sum(), sums.n > 0
+    mean = sums.satisfaction.sum() / n
+    total = sums.square.sum() / n - mean**2
+    if total <= 0:
+        return 0.0, 0.0, 0.0
+    user = np.concatenate(sums.user_means).var() / total
+    title_means = sums.satisfaction[there] / sums.n[there]
+    title = (sums.n[there] * (title_means - mean) ** 2).sum() / n / total
+    return float(user), float(title), float(1.0 - user - title)
+
+
+# ------------------------------------------------------------------------------------------------------- signal
+
+
+def _signal(sample: Sample, notify: Notify) -> Signal:
+    """Every model at every dial, on the same choices and the same random numbers."""
+    world = sample.world
+    names = list(NOISE_MODELS)
+    if world.config.duration_debiased:
+        names.insert(0, DEBIASED)
+    figures = np.full((3, len(names), len(DIALS)), np.nan)
+    pairs = _Pairs.of(sample)
+    for m, name in enumerate(names):
+        for d, dial in enumerate(DIALS):
+            figures[:, m, d] = _figures(sample, pairs, _noise(world, name, dial))
+            notify((m + (d + 1) / len(DIALS)) / len(names), "reliability of every noise model")
+    own = dict(zip(("within_user", "pooled", "alignment"), _figures(sample, pairs, world.noise), strict=True))
+    name = DEBIASED if world.config.duration_debiased else world.config.noise_model
+    facts = {"model": name, "dial": world.config.reward_noise, **own}
+    return Signal(tuple(names), DIALS, figures[0], figures[1], figures[2], facts)
+
+
+DEBIASED = "watch_time, debiased"
+"""Watch time scored by its quantile among titles of like duration, where the world has it so."""
+
+
+def _noise(world: WorldBase, name: str, dial: float) -> RewardNoise:
+    if name != DEBIASED:
+        return NOISE_MODELS[name](dial=dial)
+    if dial == world.config.reward_noise:
+        return world.noise
+    twin = replace(world.config, reward_noise=dial)
+    noise: RewardNoise = (type(world)(twin, world.matrix) if isinstance(world, ReplayWorld) else World(twin)).noise
+    return noise
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Some users' titles, for alignment: facts (n, I), satisfaction, and the weight of each pair."""
+
+    facts: Exposure
+    weight: FloatArray
+
+    @classmethod
+    def of(cls, sample: Sample) -> "_Pairs":
+        world = sample.world
+        users = sample.train[: int(np.clip(ALIGNMENT_CELLS // world.n_titles, 16, len(sample.train)))]
+        who = world.behaviour(users)
+        satisfaction = world.satisfaction(users).astype(np.float64)
+        facts = Exposure(satisfaction, who.free_time[:, None], world.durations[None], world.allure[who.epoch])
+        return cls(facts, first_choice(world.utilities(users)))
+
+
+def _figures(sample: Sample, pairs: _Pairs, noise: RewardNoise) -> tuple[float, float, float]:
+    """Reliability within user and pooled, and alignment, as `WorldBase.reliability` and `alignment` define them."""
+    events, n_events = sample.log, sample.world.config.history_length + 1
+    u = uniforms(sample.world.config.seed, "noise", sample.train, n_events * noise.uniforms_per_event)
+    u = u.reshape(len(sample.train), n_events, -1)[:, :-1]
+    score = np.broadcast_to(noise.sample(events.facts, u).score, events.logged.shape)
+    truth = events.facts.satisfaction
+    pooled = metrics.signed_squared_correlation(events.of(score), events.of(truth))
+    within = float("nan")
+    if events.logged.sum(axis=1).max() > 1:
+        weight = events.logged.astype(np.float64)
+        within = metrics.signed_squared_correlation(
+            events.of(_centred(score, weight)), events.of(_centred(truth, weight))
+        )
+    x, y = (_centred(z, pairs.weight) for z in (noise.expected(pairs.facts), pairs.facts.satisfaction))
+    covariance = (pairs.weight * x * y).sum()
+    spread = (pairs.weight * x * x).sum() * (pairs.weight * y * y).sum()
+    alignment = np.sign(covariance) * min(1.0, covariance**2 / spread) if spread > 0 else 0.0
+    return within, pooled, float(alignment)
+
+
+def _centred(values: FloatArray, weight: FloatArray) -> FloatArray:
+    """(n, T) values less their weighted mean in each row."""
+    centred: FloatArray = values - (weight * values).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
+    return centred
+
+
+# --------------------------------------------------------------------------------------- popularity and histories
+
+
+def _popularity(sample: Sample) -> Popularity:
+    n_titles = sample.world.n_titles
+    train, test = (
+        np.bincount(events.of(events.titles), minlength=n_titles) for events in (sample.log, sample.test_log)
+    )
+    top = max(1, round(TOP_SHARE * n_titles))
+    score = np.bincount(sample.log.of(sample.log.titles), sample.log.of(sample.log.score), minlength=n_titles)
+    often = train >= 5
+    correlation = float("nan")
+    if often.sum() > 2:
+        correlation = _correlation(np.log(train[often]), score[often] / train[often])
+    ordered = [np.sort(counts)[::-1] for counts in (train, test)]
+    return Popularity(
+        ordered[0],
+        ordered[1],
+        gini=(metrics.gini(train), metrics.gini(test)),
+        top=(float(ordered[0][:top].sum() / train.sum()), float(ordered[1][:top].sum() / test.sum())),
+        rating_correlation=correlation,
+    )
+
+
+NEAR_HOURS, FAR_HOURS = 1.0, 8.0
+"""Gaps after which ``order_effect`` is still at 60 % of its weight or more, and at 2 % or less."""
+
+
+def _histories(sample: Sample) -> Histories:
+    log, world = sample.log, sample.world
+    gap, both = np.diff(log.hours, axis=1), log.logged[:, 1:]
+    lengths = log.logged.sum(axis=1)
+    last = np.take_along_axis(log.hours, lengths[:, None] - 1, axis=1)[:, 0]
+    neighbours = None
+    if world.config.order_effect > 0:
+        direction = world.directions
+        cosine = (direction[log.titles[:, 1:]] * direction[log.titles[:, :-1]]).sum(axis=2)
+        near, far = both & (gap < NEAR_HOURS), both & (gap > FAR_HOURS)
+        neighbours = (_mean(cosine[near]), _mean(cosine[far]))
+    several = lengths > 1
+    gaps = Spread.of(gap[both]) if several.any() else None
+    days = Spread.of((last - log.hours[:, 0])[several] / 24.0) if several.any() else None
+    shares = np.bincount(lengths, minlength=log.logged.shape[1] + 1)[1:] / len(lengths)
+    return Histories(shares, Spread.of(lengths), gaps, days, neighbours)
+
+
+def _completion(sample: Sample) -> Completion:
+    world, log = sample.world, sample.log
+    n_groups = min(DURATION_BINS, max(world.n_titles // 2, 1))
+    group = np.empty(world.n_titles, dtype=np.int64)
+    for k, titles in enumerate(np.array_split(np.argsort(world.durations, kind="stable"), n_groups)):
+        group[titles] = k
+
+    def mean(events: Events, values: NDArray[Any]) -> FloatArray:
+        return _group_means(group[events.of(events.titles)], events.of(values), n_groups)
+
+    finished = mean(log, _finishing_probability(world.noise, log.facts)) if _has_watch_time(world.noise) else None
+    of_event = group[log.of(log.titles)]
+    minutes = log.of(log.watched * log.facts.duration)
+    median = [np.median(minutes[of_event == k]) if (of_event == k).any() else np.nan for k in range(n_groups)]
+    return Completion(
+        minutes=np.array([np.median(world.durations[group == k]) for k in range(n_groups)]),
+        events=np.bincount(of_event, minlength=n_groups),
+        observed=mean(log, log.watched >= 1.0),
+        forced=mean(sample.forced, sample.forced.watched >= 1.0),
+        exact=np.full(n_groups, np.nan) if finished is None else finished,
+        watched=np.array(median),
+        quantiles=np.quantile(world.durations, [0.05, 0.25, 0.5, 0.75, 0.95]),
+    )
+
+
+def _has_watch_time(noise: RewardNoise) -> bool:
+    return isinstance(noise, (WatchTimeNoise, DurationDebiasedNoise))
+
+
+def _finishing_probability(noise: RewardNoise, facts: Exposure) -> FloatArray:
+    base = noise.base if isinstance(noise, DurationDebiasedNoise) else noise
+    assert isinstance(base, WatchTimeNoise)
+    return base.survival(1.0, facts)
+
+
+def _group_means(group: NDArray[np.int64], values: NDArray[Any], n_groups: int) -> FloatArray:
+    """(G,) means by group; NaN for an empty one."""
+    with np.errstate(invalid="ignore"):
+        means: FloatArray = np.bincount(group, values, minlength=n_groups) / np.bincount(group, minlength=n_groups)
+    return means
+
+
+# ------------------------------------------------------------------------------------------------ drift and choice
+
+
+def _drift(sample: Sample) -> Drift:
+    world, first = sample.world, sample.sums.first_choices
+    n_epochs = world.config.n_epochs
+    correlation = np.ones((n_epochs, n_epochs))
+    if n_epochs > 1:
+        correlation = np.corrcoef(world.allure) if world.n_titles > 1 else correlation
+    popularity = np.full((n_epochs, n_epochs), np.nan)
+    for e in range(n_epochs):
+        for f in range(n_epochs):
+            out = world.release <= min(e, f)
+            pairs = [(first[e, a][out], first[f, b][out]) for a, b in ((0, 1), (1, 0))]
+            popularity[e, f] = np.mean([_spearman(x, y) for x, y in pairs])
+    late = world.release > 0
+    total = first.sum(axis=(1, 2))
+    return Drift(
+        appeal=correlation,
+        popularity=popularity,
+        taste=np.linalg.norm(world.taste_centres, axis=1) if isinstance(world, World) else None,
+        released=np.array([(world.release <= epoch).mean() for epoch in range(n_epochs)]),
+        cold_exposure=first[:, :, late].sum(axis=(1, 2)) / np.where(total > 0, total, np.nan),
+    )
+
+
+def _confounding(sample: Sample) -> Confounding:
+    sums, users = sample.sums, sample.users
+    there = np.flatnonzero((sums.n > 0) & (sums.weight.sum(axis=0) > 0))
+    forced, forced_score = (total[there] / sums.n[there] for total in (sums.satisfaction, sums.score))
+    parts = sums.weight[:, there], sums.chosen_satisfaction[:, there], sums.chosen_score[:, there]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chosen, chosen_score = parts[1] / parts[0], parts[2] / parts[0]
+        everyone = [part.sum(axis=0) / parts[0].sum(axis=0) for part in parts[1:]]
+    n_groups = int(np.clip(len(there) // 5, 1, TITLE_GROUPS))
+    groups = np.array_split(np.argsort(forced, kind="stable"), n_groups)
+    groups_score = np.array_split(np.argsort(forced_score, kind="stable"), n_groups)
+    return Confounding(
+        forced=np.array([forced[g].mean() for g in groups]),
+        chosen=np.array([[_mean(row[g]) for g in groups] for row in chosen]),
+        forced_score=np.array([forced_score[g].mean() for g in groups_score]),
+        chosen_score=np.array([[_mean(row[g]) for g in groups_score] for row in chosen_score]),
+        discernment=_group_means(users.tercile, users.discernment, TERCILES),
+        gap=np.array([_mean(row - forced) for row in chosen]),
+        gap_score=np.array([_mean(row - forced_score) for row in chosen_score]),
+        overall=(float(np.mean(everyone[0] - forced)), float(np.mean(everyone[1] - forced_score))),
+    )
+
+
+def _choices(sample: Sample) -> Choices:
+    users = sample.users
+    order = np.argsort(users.discernment, kind="stable")
+    groups = np.array_split(order, min(LIKENESS_BINS, len(order)))
+    return Choices(
+        perplexity=Spread.of(users.perplexity),
+        discernment=Spread.of(users.discernment, np.linspace(0.0, 1.0, BINS // 2 + 1)),
+        bins=np.array([users.discernment[g].mean() for g in groups]),
+        likeness=np.array([np.quantile(users.likeness[g], [0.1, 0.5, 0.9]) for g in groups]),
+        acceptance=float(users.acceptance.mean()),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def _mean(values: FloatArray) -> float:
+    """Over finite values; NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _correlation(x: FloatArray, y: FloatArray) -> float:
+    squared = metrics.signed_squared_correlation(x, y)
+    return float(np.sign(squared) * np.sqrt(abs(squared)))
+
+
+def _spearman(x: FloatArray, y: FloatArray) -> float:
+    """NaN where one does not vary, as where nobody was sampled."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value
