@@ -424,9 +424,8 @@ def _costs(cells: Sequence[Mapping[str, Any]], unreadable: int) -> str:
     total = f" All {len(seconds)} cells took {number(sum(seconds) / 60, 1)} minutes." if seconds else ""
     lost = f" {unreadable} cell files could not be read." if unreadable else ""
     head = "".join(f"<th>{title}</th>" for title, _ in COSTS.values())
-    return (
-        f"<h3>What it cost</h3><p class='note'>Mean over cells, on the machine of the run.{total}{lost}</p>"
-        + table(f"<tr><th>agent</th>{head}</tr>", f"<tbody>{''.join(rows)}</tbody>")
+    return f"<h3>What it cost</h3><p class='note'>Mean over cells, on the machine of the run.{total}{lost}</p>" + table(
+        f"<tr><th>agent</th>{head}</tr>", f"<tbody>{''.join(rows)}</tbody>"
     )
 
 

@@ -37,9 +37,13 @@ ALIGNMENT_CELLS = 500_000
 """Pairs that the alignment of every model and dial is averaged over: 500 users of 1,000 titles, a standard error of
 about .005, at two seconds for 55 settings."""
 
+DEBIASED_CELLS = 100_000
+"""The same for the duration-debiased score, whose mean takes thirty times as long."""
+
 BINS, DURATION_BINS, TITLE_GROUPS = 40, 10, 20
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 TOP_SHARE = 0.01
+OFTEN = 5
 LIKENESS_BINS = 15
 TAIL = 0.002
 """Share of an unbounded quantity that stands in the first and in the last bin of its histogram."""
@@ -117,18 +121,20 @@ class Signal:
 
 @dataclass(frozen=True, eq=False)
 class Popularity:
-    """Logged events by title.
+    """Events by title.
 
     Attributes:
-        train, test: (I,) events of each title, descending.
-        gini, top: ``(train, test)``: Gini coefficient, and share of the top 1 % of the titles.
-        rating_correlation: of log(events) and mean score over titles with 5 training events or more.
+        train, test, forced: (I,) events of each title, descending: logged, and as many under random exposure, which
+            shows what counting so few events does.
+        gini, top: of the three: Gini coefficient, and share of the top 1 % of the titles.
+        rating_correlation: of log(events) and mean score over titles with `OFTEN` training events or more.
     """
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
-    gini: tuple[float, float]
-    top: tuple[float, float]
+    forced: NDArray[np.int64]
+    gini: tuple[float, ...]
+    top: tuple[float, ...]
     rating_correlation: float
 
 
@@ -322,7 +328,8 @@ def _score(sample: Sample) -> Distribution:
     edges = SATISFACTION_EDGES
     if not sample.world.noise.bounded:
         both = np.concatenate([forced, chosen])
-        edges = np.linspace(*np.quantile(both, [TAIL, 1.0 - TAIL]), BINS + 1)
+        low, high = (float(q) for q in np.quantile(both, [TAIL, 1.0 - TAIL]))
+        edges = np.linspace(low, high, BINS + 1)
     at_top = [values == HIGHEST_SCORE for values in (forced, chosen)]
     shares = [
         np.histogram(np.clip(values[~top], edges[0], edges[-1]), edges)[0] / len(values)
@@ -362,13 +369,14 @@ def _signal(sample: Sample, notify: Notify) -> Signal:
     if world.config.duration_debiased:
         names.insert(0, DEBIASED)
     figures = np.full((3, len(names), len(DIALS)), np.nan)
-    pairs = _Pairs.of(sample)
+    pairs, few = _Pairs.of(sample, ALIGNMENT_CELLS), _Pairs.of(sample, DEBIASED_CELLS)
     for m, name in enumerate(names):
         for d, dial in enumerate(DIALS):
-            figures[:, m, d] = _figures(sample, pairs, _noise(world, name, dial))
+            figures[:, m, d] = _figures(sample, few if name == DEBIASED else pairs, _noise(world, name, dial))
             notify((m + (d + 1) / len(DIALS)) / len(names), "reliability of every noise model")
-    own = dict(zip(("within_user", "pooled", "alignment"), _figures(sample, pairs, world.noise), strict=True))
     name = DEBIASED if world.config.duration_debiased else world.config.noise_model
+    of_own = _figures(sample, few if name == DEBIASED else pairs, world.noise)
+    own = dict(zip(("within_user", "pooled", "alignment"), of_own, strict=True))
     facts = {"model": name, "dial": world.config.reward_noise, **own}
     return Signal(tuple(names), DIALS, figures[0], figures[1], figures[2], facts)
 
@@ -382,9 +390,10 @@ def _noise(world: WorldBase, name: str, dial: float) -> RewardNoise:
         return NOISE_MODELS[name](dial=dial)
     if dial == world.config.reward_noise:
         return world.noise
-    twin = replace(world.config, reward_noise=dial)
-    noise: RewardNoise = (type(world)(twin, world.matrix) if isinstance(world, ReplayWorld) else World(twin)).noise
-    return noise
+    if isinstance(world, ReplayWorld):
+        return ReplayWorld(replace(world.config, reward_noise=dial), world.matrix).noise
+    assert isinstance(world, World)
+    return World(replace(world.config, reward_noise=dial)).noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,9 +404,9 @@ class _Pairs:
     weight: FloatArray
 
     @classmethod
-    def of(cls, sample: Sample) -> "_Pairs":
+    def of(cls, sample: Sample, cells: int) -> "_Pairs":
         world = sample.world
-        users = sample.train[: int(np.clip(ALIGNMENT_CELLS // world.n_titles, 16, len(sample.train)))]
+        users = sample.train[: int(np.clip(cells // world.n_titles, 16, len(sample.train)))]
         who = world.behaviour(users)
         satisfaction = world.satisfaction(users).astype(np.float64)
         facts = Exposure(satisfaction, who.free_time[:, None], world.durations[None], world.allure[who.epoch])
@@ -436,21 +445,24 @@ def _centred(values: FloatArray, weight: FloatArray) -> FloatArray:
 
 def _popularity(sample: Sample) -> Popularity:
     n_titles = sample.world.n_titles
-    train, test = (
-        np.bincount(events.of(events.titles), minlength=n_titles) for events in (sample.log, sample.test_log)
-    )
+    every = [
+        np.bincount(events.of(events.titles), minlength=n_titles)
+        for events in (sample.log, sample.test_log, sample.forced)
+    ]
+    ordered = [np.sort(counts)[::-1] for counts in every]
     top = max(1, round(TOP_SHARE * n_titles))
+    train = every[0]
     score = np.bincount(sample.log.of(sample.log.titles), sample.log.of(sample.log.score), minlength=n_titles)
-    often = train >= 5
+    often = train >= OFTEN
     correlation = float("nan")
     if often.sum() > 2:
         correlation = _correlation(np.log(train[often]), score[often] / train[often])
-    ordered = [np.sort(counts)[::-1] for counts in (train, test)]
     return Popularity(
-        ordered[0],
-        ordered[1],
-        gini=(metrics.gini(train), metrics.gini(test)),
-        top=(float(ordered[0][:top].sum() / train.sum()), float(ordered[1][:top].sum() / test.sum())),
+        train=ordered[0],
+        test=ordered[1],
+        forced=ordered[2],
+        gini=tuple(metrics.gini(counts) for counts in every),
+        top=tuple(float(counts[:top].sum() / counts.sum()) for counts in ordered),
         rating_correlation=correlation,
     )
 
@@ -525,9 +537,6 @@ def _group_means(group: NDArray[np.int64], values: NDArray[Any], n_groups: int) 
 def _drift(sample: Sample) -> Drift:
     world, first = sample.world, sample.sums.first_choices
     n_epochs = world.config.n_epochs
-    correlation = np.ones((n_epochs, n_epochs))
-    if n_epochs > 1:
-        correlation = np.corrcoef(world.allure) if world.n_titles > 1 else correlation
     popularity = np.full((n_epochs, n_epochs), np.nan)
     for e in range(n_epochs):
         for f in range(n_epochs):
@@ -537,7 +546,7 @@ def _drift(sample: Sample) -> Drift:
     late = world.release > 0
     total = first.sum(axis=(1, 2))
     return Drift(
-        appeal=correlation,
+        appeal=np.atleast_2d(np.corrcoef(world.allure)),
         popularity=popularity,
         taste=np.linalg.norm(world.taste_centres, axis=1) if isinstance(world, World) else None,
         released=np.array([(world.release <= epoch).mean() for epoch in range(n_epochs)]),

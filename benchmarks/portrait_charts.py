@@ -1,5 +1,6 @@
 """The pictures of a world, as Vega-Lite specifications. What does not apply to a world is left out."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,9 +55,12 @@ def portrait_figures(portrait: Portrait, subtitle: str) -> list[Figure]:
     made: list[tuple[str, Drawing | None]] = [
         ("What titles are worth, and what they score", _scores(portrait)),
         ("How much a score says of satisfaction, for every noise model", _reliability(portrait)),
-        ("Hidden confounding: titles are worth more to those who choose them", _confounding(portrait)),
+        (
+            "Hidden confounding: what titles are worth to those who choose them",
+            _confounding(portrait),
+        ),
         ("Who chooses how", _choices(portrait)),
-        ("Popularity: a few titles have most of the events", _popularity(portrait)),
+        ("Popularity: how events spread over titles", _popularity(portrait)),
         ("Histories: how long, and how their events lie in time", _histories(portrait)),
         ("Watching against duration", _completion(portrait)),
         ("Drift: what differs between epochs", _drift(portrait)),
@@ -82,42 +86,56 @@ def _panel(
     width: int = HALF,
     height: int = HEIGHT,
     legend: str | None = None,
+    below: bool = False,
     under: Sequence[Any] = (),
 ) -> Drawing:
     """Lines and points, one series a style; rows have ``x``, ``y`` and ``series``, and are known by ``name``.
 
     Args:
-        marks: of line, point and step.
+        marks: of line, step and point.
         legend: its title, for the panel that carries it.
+        below: whether the legend stands below the panel instead of to its right.
         under: layers drawn before.
     """
     there = [series for series in styles if any(row["series"] == series for row in rows)]
     shown = {series: styles[series] for series in there}
-    look = None if legend is None else alt.Legend(title=legend or None, symbolSize=90, labelLimit=260, rowPadding=3)
+    place: Row = {"orient": "bottom", "columns": 1} if below else {"orient": "right"}
+    titled = alt.Legend(title=legend or None, symbolSize=90, labelLimit=260, rowPadding=3, **place)
+    look = None if legend is None else titled
 
     def scale(values: list[Any]) -> alt.Scale:
         return alt.Scale(domain=list(shown), range=values)
 
     colour = alt.Color("series:N", scale=scale([s.colour for s in shown.values()]), legend=look)
-    dash = alt.StrokeDash("series:N", scale=scale([list(s.dash) or [1, 0] for s in shown.values()]), legend=None)
-    tooltip = ["series:N", alt.Tooltip("x:Q", title=x["title"], format=".4~g")]
-    tooltip.append(alt.Tooltip("y:Q", title=y["title"], format=".3~g"))
+    # By conditions, since a field would enter the legend, where dashes fray the outline of the shapes.
+    dash = alt.StrokeDashValue(
+        [1, 0],
+        condition=[
+            {"test": f"datum.series === {json.dumps(series)}", "value": list(style.dash)}
+            for series, style in shown.items()
+            if style.dash
+        ],
+    )
+    tooltip: list[Any] = ["series:N", _tip("x", x), _tip("y", y)]
     base = alt.Chart(alt.NamedData(name=name)).encode(x=x, y=y, color=colour, tooltip=tooltip)
     layers = list(under)
-    if "step" in marks:
-        layers.append(base.mark_line(interpolate="step-after", strokeWidth=2, clip=True).encode(strokeDash=dash))
-    if "line" in marks:
-        layers.append(base.mark_line(strokeWidth=2, clip=True).encode(strokeDash=dash))
+    if "step" in marks or "line" in marks:
+        shape: Any = "step-after" if "step" in marks else "linear"
+        layers.append(base.mark_line(strokeWidth=2, clip=True, interpolate=shape).encode(strokeDash=dash))
     if "point" in marks:
-        shape = alt.Shape("series:N", scale=scale([s.shape for s in shown.values()]), legend=look)
-        layers.append(base.mark_point(filled=True, size=46, opacity=1, clip=True).encode(shape=shape))
+        points = alt.Shape("series:N", scale=scale([s.shape for s in shown.values()]), legend=look)
+        layers.append(base.mark_point(filled=True, size=46, opacity=1, clip=True).encode(shape=points))
     return Drawing(alt.layer(*layers).properties(width=width, height=height), {name: list(rows)})
+
+
+def _tip(field: str, axis: Any) -> alt.Tooltip:
+    return alt.Tooltip(f"{field}:Q", title=axis["title"], format=".3~r")
 
 
 def _beside(*panels: Drawing, spacing: int = 34) -> Drawing:
     chart = alt.hconcat(*(panel.chart for panel in panels), spacing=spacing)
     rows = {name: rows for panel in panels for name, rows in panel.rows.items()}
-    return Drawing(chart.resolve_scale(color="independent", shape="independent", strokeDash="independent"), rows)
+    return Drawing(chart.resolve_scale(color="independent", shape="independent"), rows)
 
 
 def _histogram(
@@ -125,28 +143,43 @@ def _histogram(
 ) -> Drawing:
     """Bars of a histogram, and the median."""
     rows = [
-        {"low": low, "high": high, "share": part}
+        {"low": low, "high": high, "share": part, "zero": 0}
         for low, high, part in zip(
             spread.edges[:-1].tolist(), spread.edges[1:].tolist(), spread.shares.tolist(), strict=True
         )
     ]
-    kind = {"type": "log"} if logarithmic else {"type": "linear"}
-    scale = alt.Scale(**kind, domain=[float(spread.edges[0]), float(spread.edges[-1])], nice=False)
-    x = alt.X("low:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=5, grid=False))
+    ends = [float(spread.edges[0]), float(spread.edges[-1])]
+    ticks: Row = {"values": _log_ticks(*ends)} if logarithmic else {"tickCount": 5}
+    scale = alt.Scale(type="log" if logarithmic else "linear", domain=ends, nice=False)
+    x = alt.X("low:Q", title=title, scale=scale, axis=alt.Axis(format="~r", grid=False, **ticks))
     y = alt.Y("share:Q", title=f"share of {share} per bin", axis=alt.Axis(format="~%", tickCount=5))
-    bars = alt.Chart(alt.NamedData(name=name)).mark_bar(color=CHOSEN, opacity=0.75)
-    bars = bars.encode(x=x, x2="high:Q", y=y, tooltip=[alt.Tooltip("share:Q", format=".1%")])
-    middle = alt.Chart(alt.Data(values=[{"low": spread.at(0.5), "label": f"median {spread.at(0.5):.3g}"}]))
+    tooltip = [alt.Tooltip("low:Q", format=".3~r"), alt.Tooltip("high:Q", format=".3~r")]
+    tooltip.append(alt.Tooltip("share:Q", format=".1%"))
+    bars = alt.Chart(alt.NamedData(name=name)).mark_rect(color=CHOSEN, opacity=0.75, stroke="white", strokeWidth=0.5)
+    bars = bars.encode(x=x, x2="high:Q", y=y, y2="zero:Q", tooltip=tooltip)
+    middle = alt.Chart(alt.Data(values=[{"low": spread.at(0.5)}]))
     rule = middle.mark_rule(color=THEORY, strokeDash=[4, 3]).encode(x=x)
-    label = middle.mark_text(align="left", dx=4, dy=8, fontSize=11, baseline="top")
-    chart = alt.layer(bars, rule, label.encode(x=x, y=alt.value(0), text="label:N"))
-    return Drawing(chart.properties(width=width, height=HEIGHT), {name: rows})
+    quantiles = "10 / 50 / 90 %: " + " / ".join(short(spread.at(level)) for level in (0.1, 0.5, 0.9))
+    return Drawing(alt.layer(bars, rule).properties(width=width, height=HEIGHT, title=quantiles), {name: rows})
+
+
+def short(value: float) -> str:
+    """A number with two or three digits that count."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{3 if abs(value) >= 1 else 2}g}"
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, and their doubles and halves where there are few of them."""
+    steps = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [float(f"{step * 10.0**decade:.6g}") for decade in decades for step in steps]
+    return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
 def _axis_of(field: str, title: str, domain: Sequence[float], **axis: Any) -> Any:
     kind = alt.X if field == "x" else alt.Y
     scale = alt.Scale(domain=list(domain), nice=False, zero=False)
-    return kind(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**{"tickCount": 6, "format": "~g", **axis}))
+    return kind(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**{"tickCount": 6, "format": "~r", **axis}))
 
 
 def _points(x: Any, y: Any, series: str) -> list[Row]:
@@ -168,35 +201,38 @@ EXPOSURES = {"random exposure": Style(FORCED, dash=(5, 2)), "the log": Style(CHO
 
 
 def _scores(portrait: Portrait) -> Drawing:
-    satisfaction = _distribution("satisfaction", portrait.satisfaction, "true satisfaction (1–5)", None)
-    bounded = portrait.score.edges[0] == portrait.satisfaction.edges[0]
-    scale = "(1–5)" if bounded else "(points; the outermost 0.2 % in the end bins)"
-    return _beside(satisfaction, _distribution("score", portrait.score, f"observed score {scale}", ""))
+    score = portrait.score
+    bounded = score.edges[0] == portrait.satisfaction.edges[0]
+    scale = "(1–5)" if bounded else "(points; the tails in the end bins)"
+    atom = max(score.atom) > 0
+    panels = [
+        _distribution("satisfaction", portrait.satisfaction, "true satisfaction (1–5)", None),
+        _distribution("score", score, f"observed score {scale}" + ", below 5" * atom, None if atom else ""),
+    ]
+    return _beside(*panels, *([_atom(score)] if atom else []))
 
 
 def _distribution(name: str, found: Distribution, title: str, legend: str | None) -> Drawing:
-    """Two steps, and a dot with a stalk for what is exactly 5."""
+    """Two steps."""
     rows = []
     for series, shares in zip(EXPOSURES, (found.forced, found.chosen), strict=True):
         rows += _points(found.edges, np.append(shares, shares[-1]), series)  # a step is drawn from its left edge on
-    highest = max(*found.forced, *found.chosen, *found.atom)
-    x = _axis_of("x", title, (found.edges[0], found.edges[-1] + 0.03 * np.ptp(found.edges)), grid=False)
-    y = _axis_of("y", f"share per {np.diff(found.edges)[0]:.2g} points", (0.0, 1.08 * highest), format="~%")
-    panel = _panel(name, rows, x, y, EXPOSURES, marks=("step",), width=HALF, legend=legend)
-    if max(found.atom) == 0:
-        return panel
-    atoms = [
-        {"x": float(found.edges[-1] + shift * np.ptp(found.edges)), "y": share, "series": series}
-        for series, share, shift in zip(EXPOSURES, found.atom, (0.018, 0.006), strict=True)
-    ]
+    x = _axis_of("x", title, (found.edges[0], found.edges[-1]), grid=False)
+    top = 1.08 * max(*found.forced, *found.chosen)
+    y = _axis_of("y", f"share per {np.diff(found.edges)[0]:.2g} points", (0.0, top), format="~%")
+    return _panel(name, rows, x, y, EXPOSURES, marks=("step",), width=HALF - 75, legend=legend)
+
+
+def _atom(found: Distribution) -> Drawing:
+    """What is exactly 5 has a panel of its own: it would press the rest flat."""
+    rows = [{"series": series, "y": share} for series, share in zip(EXPOSURES, found.atom, strict=True)]
     colours = alt.Scale(domain=list(EXPOSURES), range=[s.colour for s in EXPOSURES.values()])
-    base = alt.Chart(alt.Data(values=atoms)).encode(x=x, color=alt.Color("series:N", scale=colours, legend=None))
-    stalks = base.mark_rule(strokeWidth=2).encode(y=y, y2=alt.datum(0))
-    dots = base.mark_point(filled=True, size=60, opacity=1).encode(y=y)
-    noted = {"x": atoms[0]["x"], "y": max(found.atom)}
-    noted["label"] = f"exactly 5: {found.atom[1]:.0%} of the log, {found.atom[0]:.0%} at random"
-    note = alt.Chart(alt.Data(values=[noted])).mark_text(align="right", dx=-10, fontSize=11, color="#444")
-    return Drawing(alt.layer(panel.chart, stalks, dots, note.encode(x=x, y=y, text="label:N")), panel.rows)
+    x = alt.X("series:N", title="exactly 5", sort=list(EXPOSURES), axis=alt.Axis(labels=False, ticks=False))
+    y = _axis_of("y", "share", (0.0, 1.15 * max(found.atom)), format="~%")
+    base = alt.Chart(alt.NamedData(name="atom")).encode(x=x, y=y)
+    bars = base.mark_bar().encode(color=alt.Color("series:N", scale=colours, legend=alt.Legend(title=None)))
+    labels = base.mark_text(dy=-7, fontSize=11).encode(text=alt.Text("y:Q", format=".1%"))
+    return Drawing(alt.layer(bars, labels).properties(width=90, height=HEIGHT), {"atom": rows})
 
 
 def _reliability(portrait: Portrait) -> Drawing:
@@ -204,13 +240,15 @@ def _reliability(portrait: Portrait) -> Drawing:
     signal = portrait.signal
     spare = iter(SPARE * len(signal.models))
     styles = {name: MODEL_STYLES[name] if name in MODEL_STYLES else next(spare) for name in signal.models}
-    panels = []
+    panels: list[Drawing] = []
     for field, title in (
         ("within_user", "within-user reliability of the score (signed corr²)"),
         ("alignment", "alignment of the expected score (signed corr²)"),
     ):
         values: FloatArray = getattr(signal, field)
-        rows = [row for name, line in zip(signal.models, values, strict=True) for row in _points(signal.dials, line, name)]
+        rows = [
+            row for name, line in zip(signal.models, values, strict=True) for row in _points(signal.dials, line, name)
+        ]
         if not rows:  # histories of one event have no reliability within a user
             continue
         low = min(0.0, *(row["y"] for row in rows))
@@ -234,7 +272,7 @@ def _confounding(portrait: Portrait) -> Drawing:
         for name, style, delta in zip(TERCILE_NAMES, TERCILE_STYLES, found.discernment.tolist(), strict=True)
         if np.isfinite(delta)
     }
-    panels = []
+    panels: list[Drawing] = []
     for name, forced, chosen in (
         ("satisfaction", found.forced, found.chosen),
         ("expected score", found.forced_score, found.chosen_score),
@@ -274,24 +312,27 @@ def _popularity(portrait: Portrait) -> Drawing:
     """Share of the events by rank, both axes logarithmic, beside Zipf's law."""
     n = portrait.n_titles
     ranks = np.unique(np.geomspace(1, n, RANKS).round().astype(int))
-    names = ("training users", "test users (last epoch)", "Zipf's law, 1/rank")
-    styles = dict(zip(names, (Style(CHOSEN), Style(TEST, dash=(6, 2)), Style(FORCED, dash=(2, 2))), strict=True))
-    rows = []
-    for name, counts in zip(names, (portrait.popularity.train, portrait.popularity.test), strict=False):
+    names = ("training users", "test users (last epoch)", "random exposure", "Zipf's law, 1/rank")
+    looks = (Style(CHOSEN), Style(TEST, dash=(6, 2)), Style(FORCED, dash=(5, 2)), Style(THEORY, dash=(2, 2)))
+    styles = dict(zip(names, looks, strict=True))
+    rows, found = [], portrait.popularity
+    for name, counts in zip(names, (found.train, found.test, found.forced), strict=False):
         shares = counts[ranks - 1] / counts.sum()
         rows += _points(ranks[shares > 0], shares[shares > 0], name)
-    rows += _points(ranks, 1.0 / ranks / (1.0 / np.arange(1, n + 1)).sum(), names[2])
+    rows += _points(ranks, 1.0 / ranks / (1.0 / np.arange(1, n + 1)).sum(), names[3])
     least = min(row["y"] for row in rows)
     ends = alt.Scale(type="log", domain=[1, n], nice=False)
-    heights = alt.Scale(type="log", domain=[0.8 * least, 1.3 * max(row["y"] for row in rows)], nice=False)
-    x = alt.X("x:Q", title="rank of the title (1 = most events)", scale=ends, axis=alt.Axis(format="~s", tickCount=6))
-    y = alt.Y("y:Q", title="share of all events", scale=heights, axis=alt.Axis(format="~%", tickCount=6))
+    low, high = 0.8 * least, 1.3 * max(row["y"] for row in rows)
+    heights = alt.Scale(type="log", domain=[low, high], nice=False)
+    across, up = alt.Axis(format="~s", values=_log_ticks(1, n)), alt.Axis(format="~%", values=_log_ticks(low, high))
+    x = alt.X("x:Q", title="rank of the title (1 = most events)", scale=ends, axis=across)
+    y = alt.Y("y:Q", title="share of all events", scale=heights, axis=up)
     return _panel("popularity", rows, x, y, styles, marks=("line",), width=PANEL, height=320, legend="")
 
 
 def _histories(portrait: Portrait) -> Drawing | None:
     histories = portrait.histories
-    panels = []
+    panels: list[Drawing] = []
     varies = histories.length.at(0.05) < histories.length.at(0.95) or (histories.lengths > 0).sum() > 1
     if varies:
         panels.append(_length_bars(portrait))
@@ -334,17 +375,17 @@ def _completion(portrait: Portrait) -> Drawing:
     rows += _points(found.minutes, found.forced, "random exposure") + _kuairand(found)
     x = _duration_axis([row["x"] for row in rows])
     y = _axis_of("y", "share watched to the end", (0.0, 1.05 * max(0.1, *(row["y"] for row in rows))), format="~%")
-    left = _panel("completion", rows, x, y, styles, legend="", width=HALF - 40)
+    finished_share = _panel("completion", rows, x, y, styles, legend="", width=HALF)
     minutes = _points(found.minutes, found.watched, "the log")
     ends = _duration_axis(found.minutes.tolist())
     y = _axis_of("y", "median minutes watched", (0.0, 1.1 * max(1e-3, *(row["y"] for row in minutes))))
-    right = _panel("watched", minutes, ends, y, {"the log": Style(CHOSEN)}, width=HALF - 80)
-    return _beside(left, right)
+    return _beside(_panel("watched", minutes, ends, y, {"the log": Style(CHOSEN)}, width=HALF - 80), finished_share)
 
 
 def _duration_axis(minutes: Sequence[float]) -> alt.X:
-    scale = alt.Scale(type="log", domain=[0.9 * min(minutes), 1.1 * max(minutes)], nice=False)
-    axis = alt.Axis(format="~g", tickCount=5, grid=False)
+    low, high = 0.9 * min(minutes), 1.1 * max(minutes)
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    axis = alt.Axis(format="~r", values=_log_ticks(low, high), grid=False)
     return alt.X("x:Q", title="duration (minutes)", scale=scale, axis=axis)
 
 
@@ -366,31 +407,32 @@ def _drift(portrait: Portrait) -> Drawing | None:
         _matrix("popularity", drift.popularity, "rank corr. of popularity between users"),
     ]
     epochs = np.arange(n_epochs)
-    x = alt.X("x:Q", title="epoch (the last is the test users')", scale=alt.Scale(domain=[-0.2, n_epochs - 0.8]),
+    x = alt.X("x:Q", title="epoch", scale=alt.Scale(domain=[-0.2, n_epochs - 0.8]),
               axis=alt.Axis(values=epochs.tolist(), format="d", grid=False))  # fmt: skip
     if drift.taste is not None and drift.taste.any():
-        y = _axis_of("y", "mean taste, distance from epoch 0 (deviations)", (0.0, 1.1 * drift.taste.max()))
+        y = _axis_of("y", "mean taste from epoch 0 (deviations)", (0.0, 1.1 * drift.taste.max()))
         rows = _points(epochs, drift.taste, "mean taste")
-        panels.append(_panel("taste", rows, x, y, {"mean taste": Style(CHOSEN)}, width=170, height=MATRIX))
+        panels.append(_panel("taste", rows, x, y, {"mean taste": Style(CHOSEN)}, width=130, height=MATRIX))
     if (drift.released < 1).any():
         styles = {"titles that are out": Style(FORCED, "square", (5, 2)), "choices of cold titles": Style(CHOSEN)}
         names = list(styles)
         rows = _points(epochs, drift.released, names[0]) + _points(epochs, drift.cold_exposure, names[1])
         y = _axis_of("y", "share", (0.0, 1.05), format="~%")
-        panels.append(_panel("released", rows, x, y, styles, width=170, height=MATRIX, legend=""))
+        panels.append(_panel("released", rows, x, y, styles, width=130, height=MATRIX, legend="", below=True))
     return _beside(*panels)
 
 
-MATRIX = 230
+MATRIX = 210
 
 
 def _matrix(name: str, values: FloatArray, title: str) -> Drawing:
     rows = [
-        {"x": e, "y": f, "value": float(v), "dark": bool(v > 0.6)}
+        {"x": e, "y": f, "value": float(v), "dark": bool(v > 0.45)}
         for (e, f), v in np.ndenumerate(values)
         if np.isfinite(v)
     ]
-    x, y = (kind(f"{k}:O", title="epoch", axis=alt.Axis(labelAngle=0)) for kind, k in ((alt.X, "x"), (alt.Y, "y")))
+    upright = alt.Axis(labelAngle=0)
+    x, y = alt.X("x:O", title="epoch", axis=upright), alt.Y("y:O", title="epoch", axis=upright)
     base = alt.Chart(alt.NamedData(name=name)).encode(x=x, y=y)
     fill = alt.Color("value:Q", scale=alt.Scale(domain=[-0.2, 1.0], scheme="blues", clamp=True), legend=None)
     ink = alt.condition("datum.dark", alt.value("white"), alt.value("#222"))

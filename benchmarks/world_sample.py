@@ -142,13 +142,16 @@ def draw_sample(world: WorldBase, n_users: int, notify: Notify) -> Sample:
         done += 1
         notify(done / steps, what)
 
-    people = []
+    people: list[PerUser] = []
+    start = 0
     for chunk in chunks:
-        start = sum(len(part.epoch) for part in people)
         people.append(_look_at_all(world, chunk, tercile[start : start + len(chunk)], start, sums))
+        start += len(chunk)
         advance("all titles of every user")
+    start = 0
     for chunk in test_chunks:
-        _add_first_choices(world, chunk, int(chunk[0] - test[0]), sums)
+        _add_first_choices(world, chunk, start, sums)
+        start += len(chunk)
         advance("all titles of every user")
     log = []
     for chunk in chunks:
