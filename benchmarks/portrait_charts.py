@@ -220,7 +220,7 @@ def _distribution(name: str, found: Distribution, title: str, legend: str | None
     x = _axis_of("x", title, (found.edges[0], found.edges[-1]), grid=False)
     top = 1.08 * max(*found.forced, *found.chosen)
     y = _axis_of("y", f"share per {np.diff(found.edges)[0]:.2g} points", (0.0, top), format="~%")
-    return _panel(name, rows, x, y, EXPOSURES, marks=("step",), width=HALF - 75, legend=legend)
+    return _panel(name, rows, x, y, EXPOSURES, marks=("step",), width=HALF - 105, legend=legend)
 
 
 def _atom(found: Distribution) -> Drawing:

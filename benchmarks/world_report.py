@@ -23,7 +23,8 @@ from recsim_gr.files import write_json, write_text
 from recsim_gr.replay import ReplayWorld
 from recsim_gr.world_base import WorldBase
 
-FEWEST_USERS = 2
+FEWEST_USERS, MOST_USERS = 2, 200_000
+"""Correlations need two; all events of the users are held in memory, a gigabyte for the most."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ def draw_world(
         the numbers, and the path of the page.
 
     Raises:
-        ConfigError: too few users.
+        ConfigError: too few users, or too many.
         RunDirectoryError: the directory holds something else, or cannot be written.
     """
-    if n_users < FEWEST_USERS:
-        raise ConfigError(f"a portrait looks at {FEWEST_USERS} users or more, got {n_users}")
+    if not FEWEST_USERS <= n_users <= MOST_USERS:
+        raise ConfigError(f"a portrait looks at {FEWEST_USERS} to {MOST_USERS} users, got {n_users}")
     about = identity(world, n_users)
     directory = RunDirectory(out, about)
     portrait = portray(world, n_users, lambda share, what: notify(0.8 * share, what))
@@ -118,7 +119,7 @@ def _score_facts(portrait: Portrait) -> list[Fact]:
         Fact(group, "satisfaction in the log", _both(truth.mean[1], truth.deviation[1])),
         Fact(
             group,
-            "its variance: user / title / rest",
+            "variance at random: user / title / rest",
             " / ".join(f"{part:z.2f}" for part in portrait.variance),
             "KuaiRec (watch ratio) .05 / .18 / .77; Jester .23 / .08 / .69",
         ),
@@ -296,7 +297,7 @@ would have been to like.""",
 could say: bias alone. A model whose right-hand line stays at 1 averages out (<code>gaussian</code>,
 <code>student_t</code>, <code>drift</code>, one line); where it falls, more data do not help. The ring is this world.
 The dial changes nothing else: users, choices and random numbers are the same.""",
-    "confounding": """Each point is a twentieth of the titles. On the diagonal, what the log says of a title is what a
+    "confounding": """Each point is a group of titles. On the diagonal, what the log says of a title is what a
 recommendation of it would bring. Above it, those who chose a title like it better than others would: a regression on
 the log learns that, and promises too much for forced exposure. The effect grows with discernment, which no
 algorithm sees.""",
