@@ -9,7 +9,8 @@ import numpy as np
 
 from recsim_gr.behaviour import FloatArray
 from recsim_gr.benchmarks.charts import Drawing, Figure, Row, Style, finished
-from recsim_gr.benchmarks.portrait import DEBIASED, Completion, Distribution, Portrait, Spread
+from recsim_gr.benchmarks.portrait import Completion, Distribution, Portrait, Spread
+from recsim_gr.benchmarks.portrait_measures import DEBIASED
 
 FORCED, CHOSEN, TEST, THEORY, REAL = "#8a8a8a", "#d55e00", "#0072b2", "#000000", "#999933"
 """Of Okabe and Ito's and Tol's colours, as in the report of a run: grey is random exposure, vermilion the log."""

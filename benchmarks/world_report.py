@@ -14,10 +14,12 @@ from recsim_gr import __version__, configs
 from recsim_gr.behaviour import FloatArray
 from recsim_gr.benchmarks.charts import Figure
 from recsim_gr.benchmarks.page import config_table, document, figure_element, folded, number, table
-from recsim_gr.benchmarks.portrait import Notify, Portrait, Signal, Spread, portray
+from recsim_gr.benchmarks.portrait import Portrait, Signal, Spread
 from recsim_gr.benchmarks.portrait_charts import FIGURES, portrait_figures, short
+from recsim_gr.benchmarks.portrait_measures import portray
 from recsim_gr.benchmarks.report import javascript, remove_stale, write_figure
 from recsim_gr.benchmarks.runner import RunDirectory
+from recsim_gr.benchmarks.world_sample import Notify
 from recsim_gr.errors import ConfigError
 from recsim_gr.files import write_json, write_text
 from recsim_gr.replay import ReplayWorld

@@ -16,8 +16,9 @@ from scipy.stats import chisquare, norm, spearmanr
 
 from recsim_gr.benchmarks import world_report, world_sample
 from recsim_gr.benchmarks.page import POLICY
-from recsim_gr.benchmarks.portrait import DEBIASED, DIALS, Portrait, portray
+from recsim_gr.benchmarks.portrait import Portrait
 from recsim_gr.benchmarks.portrait_charts import FIGURES, portrait_figures
+from recsim_gr.benchmarks.portrait_measures import DEBIASED, DIALS, portray
 from recsim_gr.benchmarks.world_report import draw_world, facts, page, tables
 from recsim_gr.benchmarks.world_sample import draw_sample
 from recsim_gr.errors import ConfigError, RunDirectoryError
