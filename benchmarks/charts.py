@@ -388,7 +388,7 @@ def figures(results: Results, subtitle: str) -> list[Figure]:
         ("Offline metrics: ranking the next logged title", _offline(results)),
     ]
     return [
-        Figure(name, title, _finished(drawing, title, subtitle + whiskers * (name in WITH_WHISKERS)))
+        Figure(name, title, finished(drawing, title, subtitle + whiskers * (name in WITH_WHISKERS)))
         for name, (title, drawing) in zip(FIGURES, made, strict=True)
         if drawing is not None
     ]
@@ -524,7 +524,7 @@ def _together(concat: Callable[..., Any], *panels: Drawing | None, **how: Any) -
     return Drawing(chart.resolve_legend(color="independent", shape="independent"), rows)
 
 
-def _finished(drawing: Drawing, title: str, subtitle: str) -> Row:
+def finished(drawing: Drawing, title: str, subtitle: str) -> Row:
     """The specification of a chart with its heading and the report's look."""
     heading = alt.TitleParams(
         title,

@@ -81,9 +81,20 @@ def page(
         _head(title, config, sections, failures),
         *(_section(section, alone=len(sections) == 1) for section in sections),
         _costs(cells, unreadable_cells),
-        _config(config),
+        config_table(config, "Configuration of the run"),
         _glossary(sections),
     ]
+    return document(title, body, javascript)
+
+
+def document(title: str, body: Sequence[str], javascript: str) -> str:
+    """A page with everything that it needs inside.
+
+    Args:
+        title: plain text.
+        body: pieces of HTML; empty ones are left out.
+        javascript: defines ``vegaEmbed``; free of ``</script``.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -151,7 +162,10 @@ def _section(section: Section, alone: bool) -> str:
     compared = headline(results)
     known = {**VALUES, **JUDGE, **SUPPORT, **OFFLINE, **COLD}
     others = {name: name for name in results.metrics() if name not in known}
-    pictures = {figure.name: _figure(name, figure, section.pictures[name]) for name, figure in section.figures.items()}
+    pictures = {
+        figure.name: figure_element(name, figure, section.pictures[name], f"{READINGS[figure.name]} {USE}")
+        for name, figure in section.figures.items()
+    }
     parts = [
         "" if alone else f"<h2>{escape(section.name)}</h2>",
         pictures.get("landscape", ""),
@@ -160,16 +174,16 @@ def _section(section: Section, alone: bool) -> str:
         _headline_table(results, compared),
         _across_levels(results),
         pictures.get("place", ""),
-        _folded("Values, as sampled, greedy and top-10; the score's; regret", _level_table(results, VALUES)),
+        folded("Values, as sampled, greedy and top-10; the score's; regret", _level_table(results, VALUES)),
         pictures.get("judge_against_truth", ""),
         pictures.get("overoptimisation", ""),
-        _folded("The judge against the truth", _level_table(results, JUDGE)),
+        folded("The judge against the truth", _level_table(results, JUDGE)),
         pictures.get("support", ""),
-        _folded("Support: how far from the pretrained policy and the log", _level_table(results, SUPPORT)),
+        folded("Support: how far from the pretrained policy and the log", _level_table(results, SUPPORT)),
         pictures.get("offline_metrics", ""),
-        _folded("Offline metrics", _level_table(results, OFFLINE)),
-        _folded("Warm titles, and cold ones: out since the test users' own epoch", _level_table(results, COLD)),
-        _folded("Further metrics", _level_table(results, others)),
+        folded("Offline metrics", _level_table(results, OFFLINE)),
+        folded("Warm titles, and cold ones: out since the test users' own epoch", _level_table(results, COLD)),
+        folded("Further metrics", _level_table(results, others)),
         _world_table(results),
     ]
     return "\n".join(part for part in parts if part)
@@ -184,7 +198,8 @@ def _checks(checks: Sequence[str]) -> str:
     return f"<h3>First principles</h3><p class='note'>{CHECKS}</p><ul>{rows}</ul>"
 
 
-def _figure(name: str, figure: Figure, picture: str) -> str:
+def figure_element(name: str, figure: Figure, picture: str, caption: str) -> str:
+    """A figure with its caption (HTML), drawn by the page's script from its specification, or as it is without one."""
     # "<" cannot end the element as an escape; the JSON stays the same.
     spec = json.dumps(figure.spec, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     files = " ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "png"))
@@ -192,7 +207,7 @@ def _figure(name: str, figure: Figure, picture: str) -> str:
         f'<figure id="{name}"><div class="scroll"><div class="vis"></div></div>'
         f"<noscript>{picture}</noscript>"
         f'<script type="application/json">{spec}</script>'
-        f"<figcaption>{READINGS[figure.name]} {USE} {files}</figcaption></figure>"
+        f"<figcaption>{caption} {files}</figcaption></figure>"
     )
 
 
@@ -238,7 +253,7 @@ def _headline_table(results: Results, compared: Mapping[str, Comparison]) -> str
     note = f"""In a cell: the value; its difference to {REFERENCE} ± half of the 95 % interval over seeds;
 its place between {REFERENCE} (0) and {CEILING} (1); for learners, the corrected p-value of being above
 {REFERENCE}. The best learner of a level is marked.{_missing(results)}"""
-    return f"<h3>True top-10 value</h3><p class='note'>{note}</p>" + _table(
+    return f"<h3>True top-10 value</h3><p class='note'>{note}</p>" + table(
         f"<tr><th>agent</th>{head}</tr>", f"<tbody>{''.join(rows)}</tbody>", "headline"
     )
 
@@ -280,7 +295,7 @@ def _across_levels(results: Results) -> str:
         return ""
     note = """Interquartile mean over levels and seeds with a 95 % stratified bootstrap interval (Agarwal et
 al., 2021)."""
-    return f"<h3>Place over all noise levels</h3><p class='note'>{note}</p>" + _table(
+    return f"<h3>Place over all noise levels</h3><p class='note'>{note}</p>" + table(
         "<tr><th>agent</th><th>IQM</th><th>95 %</th></tr>", f"<tbody>{''.join(rows)}</tbody>"
     )
 
@@ -299,7 +314,7 @@ def _level_table(results: Results, metrics: Mapping[str, str]) -> str:
             cells = "".join(_mean_cell(*means[agent, m], level) for m in present)
             body.append(f"<tr>{_agent_cell(agent, results)}{cells}</tr>")
         body.append("</tbody>")
-    return _table(f"<tr><th>agent</th>{head}</tr>", "".join(body))
+    return table(f"<tr><th>agent</th>{head}</tr>", "".join(body))
 
 
 def _world_table(results: Results) -> str:
@@ -322,7 +337,7 @@ def _world_table(results: Results) -> str:
             cells = "".join(_mean_cell(mean, half, level) for level in range(len(results.noise)))
             body.append(f'<tr><th title="{escape(meaning or name)}">{escape(label)}</th>{cells}</tr>')
         body.append("</tbody>" if members else "")
-    return "<h3>The world, its score and the reward model</h3>" + _table(f"<tr><th></th>{head}</tr>", "".join(body))
+    return "<h3>The world, its score and the reward model</h3>" + table(f"<tr><th></th>{head}</tr>", "".join(body))
 
 
 def _level_row(title: str, columns: int) -> str:
@@ -350,11 +365,13 @@ def _level_name(results: Results, level: int, short: bool = False) -> str:
     return f"ν = {noise:g} <small>reliability {number(reliability)}</small>"
 
 
-def _table(head: str, body: str, kind: str = "") -> str:
+def table(head: str, body: str, kind: str = "") -> str:
+    """A table of rows in HTML that scrolls where it is too wide."""
     return f'<div class="scroll"><table class="{kind}"><thead>{head}</thead>{body}</table></div>'
 
 
-def _folded(title: str, content: str) -> str:
+def folded(title: str, content: str) -> str:
+    """Something to open at a click; nothing where there is nothing."""
     return f"<details class='fold'><summary>{title}</summary>{content}</details>" if content else ""
 
 
@@ -372,7 +389,7 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
     count = f"{len(failures)} cell{'s' if len(failures) > 1 else ''} failed"
     return (
         f'<section class="failures"><h3>{count}</h3><p class="note">Their results are missing below.</p>'
-        + _table("<tr><th>cell</th><th class='text'>reason</th></tr>", f"<tbody>{rows}</tbody>")
+        + table("<tr><th>cell</th><th class='text'>reason</th></tr>", f"<tbody>{rows}</tbody>")
         + "</section>\n"
     )
 
@@ -407,9 +424,8 @@ def _costs(cells: Sequence[Mapping[str, Any]], unreadable: int) -> str:
     total = f" All {len(seconds)} cells took {number(sum(seconds) / 60, 1)} minutes." if seconds else ""
     lost = f" {unreadable} cell files could not be read." if unreadable else ""
     head = "".join(f"<th>{title}</th>" for title, _ in COSTS.values())
-    return (
-        f"<h3>What it cost</h3><p class='note'>Mean over cells, on the machine of the run.{total}{lost}</p>"
-        + _table(f"<tr><th>agent</th>{head}</tr>", f"<tbody>{''.join(rows)}</tbody>")
+    return f"<h3>What it cost</h3><p class='note'>Mean over cells, on the machine of the run.{total}{lost}</p>" + table(
+        f"<tr><th>agent</th>{head}</tr>", f"<tbody>{''.join(rows)}</tbody>"
     )
 
 
@@ -417,13 +433,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
-def _config(config: Mapping[str, Any]) -> str:
+def config_table(config: Mapping[str, Any], title: str) -> str:
+    """A configuration, folded away."""
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in config.items()}
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td class='text'><code>{escape(text)}</code></td></tr>"
         for key, text in texts.items()
     )
-    return _folded("Configuration of the run", _table("", f"<tbody>{rows}</tbody>"))
+    return folded(title, table("", f"<tbody>{rows}</tbody>"))
 
 
 def _glossary(sections: Sequence[Section]) -> str:
@@ -433,7 +450,7 @@ def _glossary(sections: Sequence[Section]) -> str:
     known = {name: meaning for name, meaning in {**METRICS, **COLD_METRICS, **world}.items() if name in there}
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in OTHER_TERMS.items())
     items += "".join(f"<dt><code>{n}</code></dt><dd>{escape(text)}</dd>" for n, text in known.items())
-    return _folded("Glossary", f'<dl class="glossary">{items}</dl>')
+    return folded("Glossary", f'<dl class="glossary">{items}</dl>')
 
 
 # Vega compiles expressions, hence unsafe-eval; no source of any request is allowed.

@@ -6,7 +6,7 @@ is written atomically, the page last, so a page that is there is whole and has i
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,9 @@ def write_report(run_dir: Path) -> Path:
     for k, (name, results) in enumerate(run.worlds.items()):
         suffix = f"-{k + 1}" if k else ""
         drawn = {f.name + suffix: f for f in figures(results, _subtitle(run.config, name, results))}
-        pictures = {file: _write_figure(run_dir / "figures", file, figure) for file, figure in drawn.items()}
+        pictures = {file: write_figure(run_dir / "figures", file, figure) for file, figure in drawn.items()}
         sections.append(Section(name, results, checks_of(name, results), drawn, pictures))
-    _remove_stale(run_dir / "figures", {file for section in sections for file in section.figures})
+    remove_stale(run_dir / "figures", FIGURES, {file for section in sections for file in section.figures})
     html = page(run.config, sections, run.failures, run.cells, run.unreadable_cells, javascript())
     write_text(run_dir / "report.html", html)
     return run_dir / "report.html"
@@ -227,7 +227,7 @@ def _subtitle(config: Mapping[str, Any], world: str, results: Results) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def _write_figure(folder: Path, file: str, figure: Figure) -> str:
+def write_figure(folder: Path, file: str, figure: Figure) -> str:
     """Writes a figure's SVG and PNG; returns the SVG."""
     svg = _named_clips(vl_convert.vegalite_to_svg(figure.spec), file)
     write_text(folder / f"{file}.svg", svg)
@@ -242,9 +242,15 @@ def _named_clips(svg: str, file: str) -> str:
     return re.sub(r'(id="|url\(#)(clip\d+)', lambda found: f"{found[1]}{file}-clip{order[found[2]]}", svg)
 
 
-def _remove_stale(folder: Path, written: set[str]) -> None:
-    """Removes pictures of an earlier report which this one does not have; other people's files stay."""
-    for name in FIGURES:
+def remove_stale(folder: Path, names: Iterable[str], written: set[str]) -> None:
+    """Removes pictures of an earlier report which this one does not have; other people's files stay.
+
+    Args:
+        folder: of the pictures.
+        names: of every figure that a report may have.
+        written: the files of this one.
+    """
+    for name in names:
         for path in [*folder.glob(f"{name}.*"), *folder.glob(f"{name}-[0-9].*")]:
             if path.stem not in written and path.suffix in (".svg", ".png"):
                 path.unlink(missing_ok=True)

@@ -3,16 +3,18 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from recsim_gr.errors import ConfigError, RecsimError
+from recsim_gr.world import WorldConfig
 
 USER_ERROR, FAILED_CELLS, INTERRUPTED = 2, 1, 130
 
@@ -63,6 +65,41 @@ class Report:
     """The run directory."""
 
 
+def _options(config: type) -> type:
+    """The fields of a config as options that are None where they are not given, with its docstrings as their help."""
+    hints = get_type_hints(config)
+    metavars = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{True,False}"}
+    options: list[tuple[str, Any, Any]] = []
+    for field in fields(config):
+        kind = hints[field.name]
+        shown = tyro.conf.arg(metavar=metavars[kind], help_behavior_hint=f"(default: {field.default})")
+        options.append((field.name, Annotated[kind | None, shown], None))
+    unchecked = {"__post_init__": lambda self: None, "__doc__": "Of the world; those that are not given keep it."}
+    return make_dataclass(
+        f"{config.__name__}Options", options, bases=(config,), namespace=unchecked, frozen=True, kw_only=True
+    )
+
+
+if TYPE_CHECKING:
+    WorldOptions = WorldConfig
+else:
+    WorldOptions = _options(WorldConfig)
+
+
+@dataclass(frozen=True)
+class DrawWorld:
+    """Print and draw what a world is: scores, reliability, popularity, histories, drift, confounding."""
+
+    world: Annotated[WorldOptions, tyro.conf.OmitArgPrefixes]
+    data: Path | None = None
+    """A fully observed matrix of real ratings (npz, see `recsim_gr.replay`): its world is drawn instead. Options of
+    simulated users and titles do not go with it, and its pull_strength is 1 by default."""
+    users: int = 2_000
+    """Training users to look at, and as many test users: seconds, and shares to one percent."""
+    out: Path = Path("runs/world")
+    """Where world.html, world.json and figures/ go."""
+
+
 @dataclass(frozen=True)
 class List:
     """List environments, agents and suites."""
@@ -71,6 +108,7 @@ class List:
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[DrawWorld, tyro.conf.subcommand("world")]
     | Annotated[List, tyro.conf.subcommand("list")]
 )
 
@@ -136,6 +174,49 @@ def draw_report(command: Report, console: Console) -> int:
     return 0
 
 
+def world_of(command: DrawWorld) -> Any:
+    """The world that a command asks for.
+
+    Raises:
+        ConfigError: a value or a combination that makes no sense, or an option that a replayed world does not have.
+        DataFileError: a matrix that cannot be read.
+    """
+    from recsim_gr.replay import ReplayConfig, ReplayWorld
+    from recsim_gr.world import World
+
+    settings = {field.name: getattr(command.world, field.name) for field in fields(WorldConfig)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if command.data is None:
+        return World(WorldConfig(**given))
+    known = {field.name for field in fields(ReplayConfig)}
+    foreign = [name for name in given if name not in known]
+    if foreign:
+        option = f"--{foreign[0].replace('_', '-')}"
+        raise ConfigError(f"{option} is for simulated worlds; leave it out, or leave out --data")
+    return ReplayWorld(ReplayConfig(path=str(command.data), **given))
+
+
+def show_world(command: DrawWorld, console: Console) -> int:
+    """Prints and draws what a world is."""
+    from recsim_gr.benchmarks.world_report import ORIENTATION, draw_world, subtitle, tables
+
+    world = world_of(command)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=1.0)
+
+        def notify(share: float, what: str) -> None:
+            progress.update(bar, completed=share, description=what)
+
+        portrait, page = draw_world(world, command.out, command.users, notify)
+    console.print(subtitle(world, portrait), markup=False)
+    for table in tables(portrait):
+        console.print(table)
+    console.print(ORIENTATION, markup=False)
+    console.print(f"The world: {page}", markup=False)
+    return 0
+
+
 def list_all(command: List, console: Console) -> int:
     """Shows what there is to run."""
     import recsim_gr
@@ -180,4 +261,4 @@ def _about_suite(kind: Any) -> str:
     return f"{_first_line(kind)} Presets: {', '.join(kind.presets)}."
 
 
-COMMANDS: dict[type, Any] = {Run: run_suite, Report: draw_report, List: list_all}
+COMMANDS: dict[type, Any] = {Run: run_suite, Report: draw_report, DrawWorld: show_world, List: list_all}

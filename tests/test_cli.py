@@ -1,6 +1,7 @@
 """The command line: exit codes, one line a mistake, nothing overwritten."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,63 @@ def test_report_over_foreign_results(kind: str, tmp_path: Path, capsys: pytest.C
         (tmp_path / "results.parquet").write_bytes(content[: len(content) // 2])
     assert "results.parquet" in mistake(["report", str(tmp_path)], capsys)
     assert not (tmp_path / "report.html").exists()
+
+
+WORLD = ["world", "--users", "30", "--n-titles", "30", "--history-length", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--users", "-5"], "2 to 200000 users, got -5"),
+        (["--noise-model", "cauchy"], "noise_model must be one of watch_time, gaussian"),
+        (["--reward-noise", "2"], "between 0 and 1, got 2.0"),
+        (["--history-length", "30"], "smaller than the catalogue (30 titles)"),
+        (["--cold-share", "0.9"], "the 3 titles of the first epoch"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+        (["--appeal-persistence", "nan"], "a finite number"),
+        (["--data", "ratings.npz"], "--n-titles is for simulated worlds"),
+    ],
+)
+def test_mistakes_in_a_world(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in mistake([*WORLD, *arguments, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_world_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*WORLD, "--noise-model", "clickbait", "--duration-debiased", "False", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("30 titles · 30 users, 120 events · clickbait noise at 0.5 · seed 0")
+    assert "not calibrated" in text
+    assert text.strip().endswith(f"The world: {tmp_path / 'out' / 'world.html'}")
+    assert "another configuration (seed: 0 there, 1 here)" in mistake([*command, "--seed", "1"], capsys)
+
+
+def test_a_world_of_real_users_has_its_own_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recsim_gr.benchmarks.world_report.portrait_figures", lambda *_: [])  # drawn elsewhere
+    np.savez(tmp_path / "ratings.npz", ratings=np.random.default_rng(0).random((60, 12)))
+    command = ["world", "--data", str(tmp_path / "ratings.npz"), "--history-length", "3"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "ratings replayed · 12 titles · 33 users" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (kept["pull_strength"], kept["path"], len(kept["sha256"])) == (1.0, "ratings.npz", 64)
+    assert main([*command, "--pull-strength", "2", "--out", str(tmp_path / "two")]) == 0
+    assert json.loads((tmp_path / "two" / "config.json").read_text(encoding="utf-8"))["pull_strength"] == 2.0
+
+
+def test_every_field_of_a_world_is_an_option_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["world", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in fields(WorldConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+        assert f"(default: {field.default})" in text
+    assert "episodes and films." in text
 
 
 def test_unknown_flags_and_commands_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
