@@ -310,7 +310,7 @@ class ReplayConfig(BehaviourConfig):
     """κ, half of a simulated world's. Binary ratings make z two-valued: where a user likes 5 % of the titles, a like
     has z = 4.4, and at κ = 2 a discerning user picks a like 510 times in 511. On KuaiRec 31 % of the histories then
     hold a single rating, from which nothing can be learned; at κ = 1 it is 8 %. On Jester the policy's
-    perplexity at κ = 1 is 45 of 100 titles."""
+    perplexity at κ = 1 is about 50 of 100 titles."""
     sha256: str = ""
     """Checksum that the file must have; empty accepts any, and `ReplayWorld.config` then holds the one it found, so
     that the config saved beside a result pins its data."""

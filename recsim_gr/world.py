@@ -25,11 +25,11 @@ class WorldConfig(BehaviourConfig):
     """A simulated world."""
 
     n_titles: int = 1_000
-    """I, the size of the catalogue."""
+    """I, the size of the catalogue: enough that most titles are rare, few enough to enumerate for every user."""
     taste_dimensions: int = 8
     """d of tastes, pulls and traits: more than a popularity bias, few enough to be inferred from 20 events."""
     n_genres: int = 10
-    """Clusters of traits."""
+    """Clusters of traits: a few more than there are dimensions, so that genres are no axes."""
     genre_spread: float = 0.6
     """Deviation of a title's traits around its genre's centre, whose length is 1, before normalisation: genres
     overlap."""
