@@ -17,9 +17,9 @@ from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog
 from recsim_gr.rewards import RewardTable
-from recsim_gr.training import Batch, Histories, chosen_log_probs, prefix_logits
+from recsim_gr.training import Batch, HistorySource, chosen_log_probs, prefix_logits
 
 ADVANTAGES = ("model", "score", "blend")
 BASELINES = ("policy", "user", "batch")
@@ -79,7 +79,7 @@ class ASFT(BackboneAgent):
     uses_rewards = True
     needs_ensemble = True
 
-    def problem(self, histories: Histories, log: InteractionLog, parts: Parts) -> Problem:
+    def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
         problem = super().problem(histories, log, parts)
         assert problem.table is not None
         advantages = [self._advantages(batch, problem.table, parts.reference) for batch in histories.chunks()]

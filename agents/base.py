@@ -18,14 +18,15 @@ from recsim_gr import configs
 from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
 from recsim_gr.errors import CheckpointError, ConfigError, RecsimError, UnknownNameError
 from recsim_gr.files import atomic_path, read_json, write_json
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
 from recsim_gr.rewards import RewardEnsemble, RewardTable
 from recsim_gr.training import (
     Batch,
-    Histories,
+    HistorySource,
     TrainingConfig,
     TrainingRecord,
+    histories_of,
     split_logs,
     tensors,
     train,
@@ -132,17 +133,17 @@ class Agent(ABC):
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:
         """Learns from a log.
 
         Args:
-            log: what to learn from.
+            log: what to learn from; in shards only for agents that keep no table of the whole log.
             backbone: the pretrained backbone, π_ref; copied, never changed.
             rewards: the fitted reward ensemble, for agents that need it.
             validation: users to stop on; without it, the last tenth of the log's users.
@@ -247,24 +248,24 @@ class BackboneAgent(Agent):
         """The mean loss of a batch, a scalar."""
         raise TypeError(f"{self.name} has no loss; an agent that learns must say what it minimises")
 
-    def problem(self, histories: Histories, log: InteractionLog, parts: "Parts") -> "Problem":
+    def problem(self, histories: HistorySource, log: AnyLog, parts: "Parts") -> "Problem":
         """What the loss needs beside the batch, worked out once a log."""
         table = parts.rewards.on(log) if self.needs_ensemble and parts.rewards is not None else None
         return Problem(histories, parts.reference, table)
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:
         parts = required_parts(self, log, backbone, rewards)
         self.policy = copy.deepcopy(parts.reference).requires_grad_(True)
         train_log, held_out_log = split_logs(log, validation)
-        seen, held_out = Histories(train_log), Histories(held_out_log)
+        seen, held_out = histories_of(train_log), histories_of(held_out_log)
         on_train = self.problem(seen, train_log, Parts(parts.reference, rewards, seed, "train"))
         on_validation = self.problem(held_out, held_out_log, Parts(parts.reference, rewards, seed, "validation"))
         record = train(
@@ -322,13 +323,13 @@ class Problem:
         extra: tensors of the agent's own, a row a user.
     """
 
-    histories: Histories
+    histories: HistorySource
     reference: HSTU
     table: RewardTable | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def required_parts(agent: Agent, log: InteractionLog, backbone: HSTU | None, rewards: RewardEnsemble | None) -> Parts:
+def required_parts(agent: Agent, log: AnyLog, backbone: HSTU | None, rewards: RewardEnsemble | None) -> Parts:
     """The backbone, frozen, and the ensemble.
 
     Raises:
@@ -347,7 +348,7 @@ def required_parts(agent: Agent, log: InteractionLog, backbone: HSTU | None, rew
     return Parts(reference, rewards)
 
 
-def mean_loss(loss: Callable[[Batch], Tensor], histories: Histories) -> float:
+def mean_loss(loss: Callable[[Batch], Tensor], histories: HistorySource) -> float:
     """The mean of a loss over all users of a log, weighted by events."""
     total, events = 0.0, 0
     for batch in histories.chunks():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, register, required_parts
 from recsim_gr.backbone import HSTU
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.observations import Observations
 from recsim_gr.randomness import generator
 from recsim_gr.rewards import RewardEnsemble
@@ -51,14 +51,14 @@ class Popularity(Agent):
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:
-        self.log_counts = np.log1p(np.bincount(log.title, minlength=log.n_titles))
+        self.log_counts = np.log1p(title_counts(log))
         return self
 
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
@@ -80,10 +80,10 @@ class Pretrained(BackboneAgent):
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:

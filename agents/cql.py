@@ -27,11 +27,11 @@ from recsim_gr.agents.base import (
 )
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
 from recsim_gr.randomness import derived_seed
 from recsim_gr.rewards import RewardEnsemble, Scorer
-from recsim_gr.training import Batch, Histories, prefix_mask, prefix_states, split_logs, train
+from recsim_gr.training import Batch, histories_of, prefix_mask, prefix_states, split_logs, train
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ class CQL(Agent):
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:
         reference = required_parts(self, log, backbone, rewards).reference
-        histories, held_out = (Histories(part) for part in split_logs(log, validation))
+        histories, held_out = (histories_of(part) for part in split_logs(log, validation))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "Q head"))
-            mean = float(histories.scores[histories.valid].mean())
-            self.q_function = Scorer(copy.deepcopy(reference).requires_grad_(True), mean)
+            start = copy.deepcopy(reference).requires_grad_(True)
+            self.q_function = Scorer(start, histories.mean_score)
         record = train(
             self.q_function,
             self._batch_loss,

@@ -21,10 +21,10 @@ from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_random
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require
 from recsim_gr.errors import TrainingError
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog
 from recsim_gr.randomness import derived_seed
 from recsim_gr.rewards import RewardEnsemble, RewardTable
-from recsim_gr.training import Batch, Histories, TrainingRecord, prefix_logits, split_logs
+from recsim_gr.training import Batch, HistorySource, TrainingRecord, histories_of, prefix_logits, split_logs
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class PPO(BackboneAgent):
 
     def fit(
         self,
-        log: InteractionLog,
+        log: AnyLog,
         backbone: HSTU | None = None,
         rewards: RewardEnsemble | None = None,
-        validation: InteractionLog | None = None,
+        validation: AnyLog | None = None,
         seed: int = 0,
         after_check: AfterCheck | None = None,
     ) -> Self:
         reference = required_parts(self, log, backbone, rewards).reference
         assert rewards is not None
         train_log, held_out_log = split_logs(log, validation)
-        held_out, table = Histories(held_out_log), rewards.on(held_out_log)
+        held_out, table = histories_of(held_out_log), rewards.on(held_out_log)
         with contained_randomness():
             learner = self._learner(train_log, reference, rewards, seed)
             policy: HSTU = learner.policy.backbone  # type: ignore[assignment]
@@ -113,7 +113,7 @@ class PPO(BackboneAgent):
         self.record = FitRecord(steps, watch.record.best_step, self.config.rollouts * self.config.rollout)
         return self
 
-    def _learner(self, log: InteractionLog, reference: HSTU, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
+    def _learner(self, log: AnyLog, reference: HSTU, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
         config = self.config
         envs = gym.make_vec("recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log)
         return StableBaselinesPPO(
@@ -134,7 +134,7 @@ class PPO(BackboneAgent):
 
 @torch.no_grad()
 def penalised_reward(
-    policy: HSTU, reference: HSTU, histories: Histories, table: RewardTable, kl_weight: float
+    policy: HSTU, reference: HSTU, histories: HistorySource, table: RewardTable, kl_weight: float
 ) -> float:
     """E_x[Σ_a π(a|x)·r̂(x,a) − λ·KL(π ‖ π_ref)] over all prefixes of a log: what PPO climbs, exact over actions."""
     total, events = 0.0, 0

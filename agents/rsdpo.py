@@ -15,9 +15,9 @@ from torch import Tensor
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, register
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog
 from recsim_gr.randomness import derived_seed
-from recsim_gr.training import Batch, Histories, prefix_logits
+from recsim_gr.training import Batch, HistorySource, prefix_logits
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RSDPO(BackboneAgent):
     uses_rewards = True
     needs_ensemble = True
 
-    def problem(self, histories: Histories, log: InteractionLog, parts: Parts) -> Problem:
+    def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
         problem = super().problem(histories, log, parts)
         seed = derived_seed(parts.seed, f"candidates on {parts.purpose}")
         pairs = [self._pairs(batch, problem, seed + i) for i, batch in enumerate(histories.chunks())]

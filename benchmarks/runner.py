@@ -2,9 +2,7 @@
 
 import math
 import multiprocessing
-import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +20,14 @@ from recsim_gr.benchmarks.results import is_row, write_results
 from recsim_gr.benchmarks.suite import Cell, CellResult, Suite, suite_type
 from recsim_gr.errors import ConfigError, RunDirectoryError
 from recsim_gr.files import read_json, write_json
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-"""Of the workers. One thread each: two OpenMP threads on a core that something else uses are many times slower than
-one. And glibc keeps freed memory, instead of giving every megabyte tensor back and faulting it in again
-(``pytest -m benchmark -s tests/benchmarks/test_speed.py``, with these set and without)."""
+from recsim_gr.processes import (
+    ENVIRONMENT,
+    duration,
+    end_with_parent,
+    environment,
+    interrupts_ignored,
+    termination_as_interrupt,
+)
 
 
 @dataclass
@@ -195,7 +190,7 @@ def _run_cells(
     messages = context.Queue()
     board = _Board(todo, console)
     left, begun = list(todo), dict.fromkeys((cell.name for cell in todo), 0)
-    with _environment(ENVIRONMENT), _termination_as_interrupt(), board.following(messages):
+    with environment(ENVIRONMENT), termination_as_interrupt(), board.following(messages):
         while left:
             died = _one_pool(suite, left, directory, min(workers, len(left)), messages, board, crashed)
             for cell in died:
@@ -225,7 +220,7 @@ def _one_pool(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread, initargs=(messages,))
     left: list[Cell] = []
     try:
-        with _interrupts_ignored():  # the workers inherit it: the parent alone answers Ctrl-C
+        with interrupts_ignored():  # the workers inherit it
             pending = {pool.submit(_work, type(suite).name, suite.config, cell): cell for cell in todo}
         while pending:
             done, _ = wait(pending, timeout=1.0, return_when="FIRST_COMPLETED")
@@ -297,59 +292,14 @@ def _one_thread(messages: Any) -> None:
 
     global _MESSAGES
     _MESSAGES = messages
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _peak_mebibytes() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """SIGINT means nothing inside, to this process and to those started meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM (``timeout``, a batch scheduler) ends a run as Ctrl-C does: workers first, finished cells kept."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started inside; what the user has set stays."""
-    added = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for key in added:
-            os.environ.pop(key, None)
 
 
 class _Board:
@@ -449,15 +399,6 @@ def _seconds_a_cell(suite: Suite, directory: RunDirectory, kept: set[str]) -> tu
     if times:
         return sum(times) / len(times), "the mean of the finished ones"
     return suite.estimate_cell_seconds(), "from a step timed just now"
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min`` or ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 __all__ = ["Outcome", "RunDirectory", "dry_run", "duration", "run"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from recsim_gr import agents, benchmarks, envs
     from recsim_gr.backbone import HSTU, HSTUConfig
     from recsim_gr.estimators import Estimate, estimate
-    from recsim_gr.log import InteractionLog
+    from recsim_gr.log import InteractionLog, ShardedLog
     from recsim_gr.logged_truth import LogTruth, log_truth
     from recsim_gr.observations import Contexts, Observations
     from recsim_gr.pretraining import pretrain
@@ -30,6 +30,7 @@ _HOME = {
     "Estimate": "estimators",
     "estimate": "estimators",
     "InteractionLog": "log",
+    "ShardedLog": "log",
     "LogTruth": "logged_truth",
     "log_truth": "logged_truth",
     "Contexts": "observations",
@@ -65,6 +66,7 @@ __all__ = [
     "ReplayWorld",
     "RewardEnsemble",
     "RewardEnsembleConfig",
+    "ShardedLog",
     "TrainingConfig",
     "World",
     "WorldConfig",

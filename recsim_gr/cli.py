@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -57,6 +57,40 @@ class Run:
     """Test users."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GeneratedWorld(WorldConfig):
+    """The world whose users are logged."""
+
+    n_titles: Annotated[int, tyro.conf.arg(name="titles")] = WorldConfig.n_titles
+    """I, the size of the catalogue."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are refused by the config that this becomes, and by its name."""
+
+    def config(self) -> WorldConfig:
+        """As the library has it."""
+        return WorldConfig(**{field.name: getattr(self, field.name) for field in fields(WorldConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Log users in Parquet shards, in bounded memory: finished shards are kept, so the same command goes on."""
+
+    users: int
+    """How many users."""
+    out: Path
+    """The directory."""
+    workers: int = 2
+    """Processes, one thread each."""
+    split: str = "train"
+    """Which users: train, validation, test or judge."""
+    propensities: bool = False
+    """Log the logging policy's propensities too, 7 bytes an event."""
+    users_per_shard: int = 0
+    """Users of a file, and what is lost by a kill; 0 makes files of ten megabytes, or sixteen that are smaller."""
+    world: tyro.conf.OmitArgPrefixes[GeneratedWorld] = field(default_factory=GeneratedWorld)
+
+
 @dataclass(frozen=True)
 class Report:
     """Draw the report of a run again."""
@@ -107,6 +141,7 @@ class List:
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[DrawWorld, tyro.conf.subcommand("world")]
     | Annotated[List, tyro.conf.subcommand("list")]
@@ -154,6 +189,24 @@ def run_suite(command: Run, console: Console) -> int:
     if outcome.report is not None:
         console.print(f"{len(outcome.finished)} cells finished. The report: {outcome.report}", markup=False)
     return FAILED_CELLS if outcome.failures else 0
+
+
+def generate_log(command: Generate, console: Console) -> int:
+    """Generates a log in shards and says what it is."""
+    from recsim_gr.generation import Plan, generate, megabytes
+
+    plan = Plan(
+        world=command.world.config(),
+        n_users=command.users,
+        split=command.split,
+        propensities=command.propensities,
+        users_per_shard=command.users_per_shard,
+    )
+    log = generate(plan, command.out, command.workers, console)
+    console.print(
+        f"{log.n_users:,} users, {len(log):,} events, {megabytes(log.size)}. The log: {command.out}", markup=False
+    )
+    return 0
 
 
 def draw_report(command: Report, console: Console) -> int:
@@ -261,4 +314,10 @@ def _about_suite(kind: Any) -> str:
     return f"{_first_line(kind)} Presets: {', '.join(kind.presets)}."
 
 
-COMMANDS: dict[type, Any] = {Run: run_suite, Report: draw_report, DrawWorld: show_world, List: list_all}
+COMMANDS: dict[type, Any] = {
+    Run: run_suite,
+    Generate: generate_log,
+    Report: draw_report,
+    DrawWorld: show_world,
+    List: list_all,
+}

@@ -25,6 +25,10 @@ class RunDirectoryError(RecsimError):
     """A run directory that cannot be read, written, or that holds another configuration."""
 
 
+class WorkerError(RecsimError, RuntimeError):
+    """Work that could not be finished: a worker process died more than once on the same job."""
+
+
 class UnknownNameError(RecsimError, KeyError):
     """A name that is in no registry; the sentence lists the names that are."""
 

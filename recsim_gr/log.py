@@ -1,9 +1,11 @@
 """The interaction log: everything an algorithm may see, and nothing else."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +13,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsim_gr.catalogue import Catalogue
-from recsim_gr.errors import LogFormatError, MissingPropensitiesError
+from recsim_gr.errors import ConfigError, LogFormatError, MissingPropensitiesError
 from recsim_gr.files import atomic_path
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
+from recsim_gr.shards import FORMAT, METADATA_KEY, ShardDirectory, checked_columns
 
 SCHEMA_VERSION = 2  # 2: the catalogue
-_METADATA_KEY = b"recsim_gr"
 
 COLUMNS: dict[str, type[np.generic]] = {
     "user": np.int64,
@@ -130,7 +132,7 @@ class InteractionLog:
             "provenance": self.provenance,
             "catalogue": None if self.catalogue is None else self.catalogue.to_json(),
         }
-        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
+        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(about)})
         with atomic_path(Path(path)) as temporary:
             # a checksum a page: without it one flipped bit in three is read back as other data
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
@@ -154,16 +156,7 @@ class InteractionLog:
             ) from error
         about = _metadata(table, path)
         wanted = [*COLUMNS, *(["propensity"] if "propensity" in names else [])]
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            raise LogFormatError(f"{path} has no column {missing[0]!r}; a log has {', '.join(COLUMNS)}")
-        double = [name for name in wanted if names.count(name) > 1]
-        if double:
-            raise LogFormatError(f"{path} has column {double[0]!r} twice; a log has it once")
-        empty = [name for name in wanted if table[name].null_count]
-        if empty:
-            raise LogFormatError(f"{path} has empty cells in column {empty[0]!r}; every cell of a log is set")
-        arrays = {name: table[name].to_numpy() for name in wanted}
+        arrays = checked_columns(table, wanted, path)
         propensities = arrays.pop("propensity", None)
         return cls(
             **arrays,
@@ -173,6 +166,183 @@ class InteractionLog:
             provenance=about["provenance"],
             catalogue=None if about["catalogue"] is None else Catalogue.from_json(about["catalogue"]),
         )
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> "InteractionLog | ShardedLog":
+        """Opens a log on disk: a directory in shards lazily, a file that `write` wrote whole.
+
+        Args:
+            path: what `recsim-gr generate` made, or a Parquet file.
+            verify: whether the sha256 of a shard is checked when it is first read.
+
+        Raises:
+            LogFormatError: missing, damaged, foreign, not finished, or of another schema version; names the file.
+        """
+        if not Path(path).is_dir():
+            return cls.read(path)
+        return ShardedLog(ShardDirectory(Path(path), verify))
+
+
+class _Piece(NamedTuple):
+    """Some users of a part of a shard, those from ``start`` to ``stop`` by their place in it."""
+
+    shard: int
+    part: int
+    start: int
+    stop: int
+
+
+class ShardedLog:
+    """A log in shards on disk, which `recsim-gr generate` makes and `InteractionLog.open` opens.
+
+    It knows the facts of the log and reads its events a part of some thousand users at a time::
+
+        for part in recsim_gr.InteractionLog.open("logs"):  # each a checked InteractionLog
+            print(part.score.mean())
+
+    ``pretrain``, ``fit_reward_ensemble`` and the agents that keep no table of the whole log learn from it as it is.
+
+    Attributes:
+        n_titles: the size of the catalogue, I.
+        bounded_scores: whether the noise model keeps scores in [1, 5].
+        provenance: where the log comes from, as JSON values (a world's config); for people, not for algorithms.
+        catalogue: public metadata of the titles.
+        has_propensities: whether its parts carry propensities.
+        longest: the length of its longest history.
+    """
+
+    def __init__(self, directory: ShardDirectory, pieces: list[_Piece] | None = None) -> None:
+        manifest = directory.manifest
+        self._directory, self._pieces = directory, _all_pieces(directory) if pieces is None else pieces
+        self.n_titles, self.bounded_scores = manifest.n_titles, manifest.bounded_scores
+        self.provenance: dict[str, Any] = manifest.identity["provenance"]
+        self.catalogue = directory.catalogue
+        self.has_propensities = bool(manifest.identity["propensities"])
+        self.longest = max(shard.longest for shard in manifest.shards)
+
+    def __len__(self) -> int:
+        return self._n_events
+
+    @cached_property
+    def _n_events(self) -> int:
+        """Where a part is cut, it must be read to know how many events are left of it."""
+        events = 0
+        for number, piece in enumerate(self._pieces):
+            whole = piece.stop - piece.start == self._users_in(piece)
+            shard = self._directory.manifest.shards[piece.shard]
+            events += shard.parts[piece.part] if whole else len(self.part(number))
+        return events
+
+    @property
+    def n_users(self) -> int:
+        """How many users the log holds."""
+        return sum(self.part_users)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk of all files of the log."""
+        return sum(record.bytes for record in self._directory.manifest.files)
+
+    @property
+    def part_users(self) -> list[int]:
+        """How many users each part holds."""
+        return [piece.stop - piece.start for piece in self._pieces]
+
+    def part(self, number: int) -> InteractionLog:
+        """The part with that number, checked as every log is.
+
+        Raises:
+            LogFormatError: its shard is missing, damaged or another log's, or what it holds is no legal log.
+        """
+        piece = self._pieces[number]
+        columns = self._directory.part(piece.shard, piece.part)
+        log = self._log(columns)
+        if log.n_users != self._users_in(piece):
+            file = self._directory.manifest.shards[piece.shard].file
+            raise LogFormatError(f"{self._directory.path / file} lacks users that its manifest says it has")
+        if log.n_users == piece.stop - piece.start:
+            return log
+        cuts = np.append(np.flatnonzero(log.step == 0), len(log))
+        return log.rows(slice(int(cuts[piece.start]), int(cuts[piece.stop])))
+
+    def __iter__(self) -> Iterator[InteractionLog]:
+        return (self.part(number) for number in range(len(self._pieces)))
+
+    def read(self) -> InteractionLog:
+        """The whole log in memory, about 60 bytes an event, and three times that while it is read.
+
+        Raises:
+            LogFormatError: as for `part`.
+        """
+        parts: list[dict[str, NDArray[Any]]] = []
+        for part in self:
+            columns = {name: getattr(part, name) for name in COLUMNS}
+            parts.append(columns if part.propensities is None else {**columns, "propensity": part.propensities})
+        return self._log({name: np.concatenate([columns[name] for columns in parts]) for name in parts[0]})
+
+    def users(self, start: int, stop: int) -> "ShardedLog":
+        """The log of some of its users, those from ``start`` to ``stop`` by their place in it; nothing is read.
+
+        Raises:
+            ConfigError: no such users.
+        """
+        if not 0 <= start < stop <= self.n_users:
+            raise ConfigError(f"users {start} to {stop} of a log of {self.n_users}: must be some of them")
+        pieces, before = [], 0
+        for piece in self._pieces:
+            first, last = max(start - before, 0), min(stop - before, piece.stop - piece.start)
+            if first < last:
+                pieces.append(piece._replace(start=piece.start + first, stop=piece.start + last))
+            before += piece.stop - piece.start
+        return ShardedLog(self._directory, pieces)
+
+    def _users_in(self, piece: _Piece) -> int:
+        return _users_of_part(self._directory, piece.shard, piece.part)
+
+    def _log(self, columns: dict[str, NDArray[Any]]) -> InteractionLog:
+        propensities = columns.pop("propensity", None)
+        return InteractionLog(
+            **columns,
+            propensities=propensities,
+            n_titles=self.n_titles,
+            bounded_scores=self.bounded_scores,
+            provenance=self.provenance,
+            catalogue=self.catalogue,
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in (*COLUMNS, "propensities", "sequences", "rows", "write"):
+                raise ConfigError(
+                    f"a log in shards has no {name!r} in memory; read() it first, or go through its parts"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+AnyLog = InteractionLog | ShardedLog
+"""What can be learned from."""
+
+
+def title_counts(log: AnyLog) -> NDArray[np.int64]:
+    """(I,): how many events each title has; a log in shards is read once, a part at a time."""
+    counts = np.zeros(log.n_titles, dtype=np.int64)
+    for part in log if isinstance(log, ShardedLog) else [log]:
+        counts += np.bincount(part.title, minlength=log.n_titles)
+    return counts
+
+
+def _all_pieces(directory: ShardDirectory) -> list[_Piece]:
+    return [
+        _Piece(shard, part, 0, _users_of_part(directory, shard, part))
+        for shard, record in enumerate(directory.manifest.shards)
+        for part in range(len(record.parts))
+    ]
+
+
+def _users_of_part(directory: ShardDirectory, shard: int, part: int) -> int:
+    each = directory.manifest.users_per_part
+    return min(each, directory.manifest.shards[shard].users - part * each)
 
 
 def check_log(log: InteractionLog) -> None:
@@ -283,11 +453,15 @@ def _frozen(values: Any, kind: type[np.generic], name: str) -> NDArray[Any]:
 
 def _metadata(table: pa.Table, path: str | Path) -> dict[str, Any]:
     try:
-        about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        if about.get("format") == FORMAT:
+            raise LogFormatError(f"{path} is one shard of a log; give InteractionLog.open its directory")
         version = about["schema_version"]
         if version == SCHEMA_VERSION:
             return {key: about[key] for key in ("n_titles", "bounded_scores", "provenance", "catalogue")}
-    except (KeyError, TypeError, ValueError) as error:
+    except LogFormatError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = f"{path} is Parquet, but not a log of recsim_gr: its metadata is missing or foreign"
         raise LogFormatError(message) from error
     raise LogFormatError(f"{path} has log schema version {version}; this version reads {SCHEMA_VERSION}")

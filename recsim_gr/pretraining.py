@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.randomness import derived_seed
 from recsim_gr.training import (
     Batch,
-    Histories,
+    HistorySource,
     TrainingConfig,
     TrainingRecord,
     chosen_log_probs,
+    histories_of,
     prefix_logits,
     split_logs,
     train,
@@ -26,20 +26,20 @@ ten times as long."""
 
 
 def pretrain(
-    log: InteractionLog,
+    log: AnyLog,
     config: HSTUConfig | None = None,
     training: TrainingConfig = PRETRAINING,
-    validation: InteractionLog | None = None,
+    validation: AnyLog | None = None,
     seed: int = 0,
     after_check: Callable[[int, float], None] | None = None,
 ) -> HSTU:
     """Trains a backbone to imitate: −log π(next title | prefix), all prefixes of all users.
 
     Args:
-        log: what to imitate.
+        log: what to imitate; a log in shards is read a few parts at a time.
         config: the backbone's shape; ``max_length`` 0 takes the log's longest history.
         training: the schedule.
-        validation: users to stop on; without it, the last tenth of the log's users.
+        validation: users to stop on; without it, the last tenth of the log's users (see `split_logs`).
         seed: of initial weights, batches and dropout.
         after_check: told (step, validation negative log-likelihood), for progress bars.
 
@@ -52,15 +52,15 @@ def pretrain(
 
 
 def pretrain_with_record(
-    log: InteractionLog,
+    log: AnyLog,
     config: HSTUConfig | None = None,
     training: TrainingConfig = PRETRAINING,
-    validation: InteractionLog | None = None,
+    validation: AnyLog | None = None,
     seed: int = 0,
     after_check: Callable[[int, float], None] | None = None,
 ) -> tuple[HSTU, TrainingRecord]:
     """`pretrain`, with the record of the run."""
-    train_histories, held_out = (Histories(part) for part in split_logs(log, validation))
+    train_histories, held_out = (histories_of(part) for part in split_logs(log, validation))
     config = config or HSTUConfig()
     if config.max_length == 0:
         config = replace(config, max_length=train_histories.longest)
@@ -84,14 +84,14 @@ def pretrain_with_record(
     return backbone, record
 
 
-def title_metadata(log: InteractionLog, config: HSTUConfig) -> TitleMetadata | None:
+def title_metadata(log: AnyLog, config: HSTUConfig) -> TitleMetadata | None:
     """What represents the titles of a log beside their own embeddings, where the config wants it."""
     catalogue = log.catalogue
     if config.metadata == "never" or catalogue is None:
         return None
     if config.metadata == "when_cold" and not catalogue.has_releases:
         return None
-    return TitleMetadata(catalogue, np.bincount(log.title, minlength=log.n_titles) > 0, config)
+    return TitleMetadata(catalogue, title_counts(log) > 0, config)
 
 
 def imitation_loss(backbone: HSTU, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,7 +100,7 @@ def imitation_loss(backbone: HSTU, batch: Batch, states: torch.Tensor | None = N
     return -log_probs.sum() / batch.valid.sum()
 
 
-def negative_log_likelihood(backbone: HSTU, histories: Histories) -> float:
+def negative_log_likelihood(backbone: HSTU, histories: HistorySource) -> float:
     """Mean −log π(next title | prefix) over all events of the histories, in nats; no gradients."""
     total, events = 0.0, 0
     was_training = backbone.training

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog, InteractionLog, ShardedLog
 from recsim_gr.observations import Observations
 from recsim_gr.pretraining import imitation_loss
-from recsim_gr.randomness import derived_seed, generator
+from recsim_gr.randomness import derived_seed
 from recsim_gr.training import (
     Batch,
     Histories,
+    HistorySource,
     TrainingConfig,
     TrainingRecord,
+    histories_of,
     prefix_states,
     split_logs,
     tensors,
@@ -166,8 +168,17 @@ class RewardEnsemble:
         """(n, I): the ensemble's mean."""
         return self.predict(observations).mean
 
-    def on(self, log: InteractionLog) -> "RewardTable":
-        """r̂ on every prefix of a log: computed once, shared by all agents."""
+    def on(self, log: AnyLog) -> "RewardTable":
+        """r̂ on every prefix of a log: computed once, shared by all agents.
+
+        Raises:
+            ConfigError: a log in shards, whose table would not fit in memory.
+        """
+        if isinstance(log, ShardedLog):
+            raise ConfigError(
+                "a table of r̂ on every prefix of a log is kept in memory: read() the log in shards first, or some of "
+                "its users, as in log.users(0, 10_000).read()"
+            )
         if log not in self._tables:
             self._tables[log] = RewardTable(self, Histories(log))
         return self._tables[log]
@@ -221,10 +232,10 @@ class RewardTable:
 
 
 def fit_reward_ensemble(
-    log: InteractionLog,
+    log: AnyLog,
     backbone: HSTU,
     config: RewardEnsembleConfig | None = None,
-    validation: InteractionLog | None = None,
+    validation: AnyLog | None = None,
     seed: int = 0,
     after_check: Callable[[int, float], None] | None = None,
 ) -> RewardEnsemble:
@@ -234,7 +245,7 @@ def fit_reward_ensemble(
     need not be learned again by each.)
 
     Args:
-        log: the scores to learn.
+        log: the scores to learn; a log in shards is read a few parts at a time, and each part is resampled by itself.
         backbone: the pretrained backbone; it is copied, not changed.
         config: members and schedule.
         validation: users to stop on, by squared error; without it, the last tenth of the log's users.
@@ -250,12 +261,12 @@ def fit_reward_ensemble(
         raise ConfigError(
             f"the log has {log.n_titles} titles and the HSTU {backbone.n_titles}; pretrain it on this log"
         )
-    histories, held_out = (Histories(part) for part in split_logs(log, validation))
+    histories, held_out = (histories_of(part) for part in split_logs(log, validation))
     members, records = [], []
     for m in range(config.members):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, f"head {m}"))
-            member = Scorer(backbone, float(histories.scores[histories.valid].mean()))
+            member = Scorer(backbone, histories.mean_score)
         records.append(_fit_member(member, histories, held_out, config, seed, m, after_check))
         members.append(member)
     return RewardEnsemble(members, records)
@@ -268,7 +279,7 @@ def squared_error(head: ScoreHead, backbone: HSTU, states: Tensor, batch: Batch)
 
 
 @torch.no_grad()
-def mean_squared_error(members: list[Scorer], histories: Histories) -> float:
+def mean_squared_error(members: list[Scorer], histories: HistorySource) -> float:
     """Mean (r̂ − r)² over all events of the histories, r̂ the mean of the members' predictions."""
     total, events = 0.0, 0
     for batch in histories.chunks():
@@ -303,18 +314,14 @@ def title_mean_baseline(log: InteractionLog) -> NDArray[np.float64]:
 
 def _fit_member(
     member: Scorer,
-    histories: Histories,
-    held_out: Histories,
+    histories: HistorySource,
+    held_out: HistorySource,
     config: RewardEnsembleConfig,
     seed: int,
     index: int,
     after_check: Callable[[int, float], None] | None,
 ) -> TrainingRecord:
-    resample = generator(seed, f"resample {index}").integers(len(histories), size=len(histories))
-    resampled = torch.from_numpy(resample)
-
     def loss(batch: Batch) -> Tensor:
-        batch = histories.batch(resampled[batch.rows])
         states = prefix_states(member.backbone, batch)
         error = squared_error(member.head, member.backbone, states, batch)
         if config.imitation_weight == 0:
@@ -329,7 +336,7 @@ def _fit_member(
         member,
         loss,
         lambda: mean_squared_error([member], held_out),
-        histories,
+        histories.resampled(seed, f"resample {index}"),
         config.training,
         seed,
         f"reward member {index}",

@@ -5,20 +5,25 @@ early-stopping rule" is one piece of code and not a promise.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require, require_finite_numbers
-from recsim_gr.errors import ConfigError, TrainingError
-from recsim_gr.log import InteractionLog
-from recsim_gr.observations import Observations
+from recsim_gr.errors import TrainingError
+from recsim_gr.histories import (
+    Batch,
+    Histories,
+    HistorySource,
+    ShardedHistories,
+    histories_of,
+    split_logs,
+    tensors,
+)
 from recsim_gr.randomness import derived_seed, generator
 
 MASKED = -1e9
@@ -88,74 +93,6 @@ class TrainingRecord:
         return False
 
 
-class Batch(NamedTuple):
-    """Histories of B users of up to T events, as tensors.
-
-    Attributes:
-        rows: (B,) which users of the log.
-        titles: (B, T) int64, padding n_titles.
-        scores, times: (B, T) float32.
-        valid: (B, T) bool, false on padding.
-        unreleased: (B, I) bool, the titles that are not out yet; None where all are.
-    """
-
-    rows: Tensor
-    titles: Tensor
-    scores: Tensor
-    times: Tensor
-    valid: Tensor
-    unreleased: Tensor | None = None
-
-
-class Histories:
-    """A log as tensors, a row a user.
-
-    Args:
-        log: anything but an empty one.
-
-    Raises:
-        ConfigError: the log is empty.
-    """
-
-    def __init__(self, log: InteractionLog) -> None:
-        if len(log) == 0:
-            raise ConfigError("the log is empty; generate_log(n_users=...) makes one with events")
-        self.observations = log.sequences()
-        self.n_titles = log.n_titles
-        obs = self.observations
-        self.titles, self.scores, self.times = tensors(obs)
-        self.valid = torch.arange(self.titles.shape[1]) < torch.from_numpy(obs.length)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.titles)
-
-    @property
-    def longest(self) -> int:
-        """The length of the longest history."""
-        return self.titles.shape[1]
-
-    def batch(self, rows: Tensor) -> Batch:
-        """The histories at ``rows``."""
-        unreleased = None
-        catalogue = self.observations.catalogue
-        if catalogue is not None and catalogue.has_releases:
-            unreleased = torch.from_numpy(catalogue.unreleased(self.observations.epoch[rows.numpy()]))
-        return Batch(rows, self.titles[rows], self.scores[rows], self.times[rows], self.valid[rows], unreleased)
-
-    def chunks(self, users: int = 256) -> Iterator[Batch]:
-        """All histories in order, ``users`` at a time."""
-        for rows in torch.arange(len(self)).split(users):
-            yield self.batch(rows)
-
-
-def tensors(observations: Observations) -> tuple[Tensor, Tensor, Tensor]:
-    """Titles, scores and times of observations, sharing their memory."""
-    return tuple(  # type: ignore[return-value]
-        torch.from_numpy(np.ascontiguousarray(x))
-        for x in (observations.titles, observations.scores, observations.times)
-    )
-
-
 def prefix_states(backbone: HSTU, batch: Batch) -> Tensor:
     """(B, T, d): the state before each event; every prefix of every history is one context."""
     return backbone.encode(batch.titles[:, :-1], batch.scores[:, :-1], batch.times[:, :-1])
@@ -192,7 +129,7 @@ def train(
     module: nn.Module,
     loss: Callable[[Batch], Tensor],
     objective: Callable[[], float],
-    histories: Histories,
+    histories: HistorySource,
     config: TrainingConfig,
     seed: int,
     purpose: str,
@@ -214,21 +151,20 @@ def train(
     Raises:
         TrainingError: a loss or an objective that is not finite.
     """
-    batches = generator(seed, f"batches of {purpose}")
+    batches = histories.batches(config.batch_users, generator(seed, f"batches of {purpose}"))
     groups = parameter_groups or [{"params": list(module.parameters())}]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     scales = [float(group.get("scale", 1.0)) for group in optimiser.param_groups]
     record = TrainingRecord(config.steps)
     record.notes(0, _measure(module, objective, purpose, 0))
     best = _copy(module)
-    rows = _endless_rows(len(histories), config.batch_users, batches)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, f"dropout of {purpose}"))
         module.train()
         for step in range(config.steps):
             for group, scale in zip(optimiser.param_groups, scales, strict=True):
                 group["lr"] = scale * config.learning_rate * config.rate(step)
-            value = loss(histories.batch(next(rows)))
+            value = loss(next(batches))
             if not torch.isfinite(value):
                 raise TrainingError(
                     f"{purpose} diverged: loss {value.item()} at step {step} of {config.steps}; "
@@ -248,26 +184,6 @@ def train(
     return record
 
 
-def split_logs(log: InteractionLog, validation: InteractionLog | None) -> tuple[InteractionLog, InteractionLog]:
-    """Training and validation logs: the two given, or nine tenths and one tenth of the users of the one.
-
-    Raises:
-        ConfigError: a log too short to be split, or logs over different catalogues.
-    """
-    if validation is not None:
-        if validation.n_titles != log.n_titles:
-            raise ConfigError(
-                f"the validation log has {validation.n_titles} titles and the training log {log.n_titles}; "
-                "both must come from one world"
-            )
-        return log, validation
-    starts = np.flatnonzero(log.step == 0)
-    if len(starts) < 2:
-        raise ConfigError(f"a log of {len(starts)} users cannot be split; give a validation log, or more users")
-    cut = int(starts[len(starts) - max(1, len(starts) // 10)])
-    return log.rows(slice(0, cut)), log.rows(slice(cut, len(log)))
-
-
 def _measure(module: nn.Module, objective: Callable[[], float], purpose: str, step: int) -> float:
     was_training = module.training
     module.eval()
@@ -283,9 +199,20 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def _endless_rows(n: int, size: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Batches of user rows: every user once an epoch, in a new order each time; a remainder is left out."""
-    size = min(size, n)
-    while True:
-        order = torch.from_numpy(rng.permutation(n))
-        yield from order[: n // size * size].split(size)
+__all__ = [
+    "MASKED",
+    "Batch",
+    "Histories",
+    "HistorySource",
+    "ShardedHistories",
+    "TrainingConfig",
+    "TrainingRecord",
+    "chosen_log_probs",
+    "histories_of",
+    "prefix_logits",
+    "prefix_mask",
+    "prefix_states",
+    "split_logs",
+    "tensors",
+    "train",
+]

@@ -462,6 +462,7 @@ class WorldBase(ABC):
         *,
         expose_propensities: bool = False,
         chunk_users: int = CHUNK_USERS,
+        offset: int = 0,
     ) -> InteractionLog:
         """Logs users of a split, ``history_length`` events each (or fewer, where lengths vary).
 
@@ -470,13 +471,14 @@ class WorldBase(ABC):
             split: which group of users.
             expose_propensities: whether the log carries the logging policy's propensities.
             chunk_users: users handled at a time; changes memory, never the result.
+            offset: how many users of the split are passed over.
 
         Raises:
             ConfigError: no such split, or not so many users.
         """
         if chunk_users < 1:
             raise ConfigError(f"chunk_users must be at least 1, got {chunk_users}")
-        users = self.users(split, n_users)
+        users = self.users(split, n_users, offset)
         chunks = [self._log_columns(users[i : i + chunk_users]) for i in range(0, len(users), chunk_users)]
         columns = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
         for values in columns.values():

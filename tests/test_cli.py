@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from recsim_gr.cli import FAILED_CELLS, INTERRUPTED, USER_ERROR, main
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import InteractionLog, ShardedLog
 from recsim_gr.world import World, WorldConfig
 
 LANDSCAPE = ["run", "landscape", "--preset", "smoke"]
+GENERATE = ["generate", "--users", "100"]
 
 
 def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -51,6 +52,14 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*LANDSCAPE, "--world-options", "cold_share=0.95"], "smaller than the 2 titles of the first epoch"),
         ([*LANDSCAPE, "--world-options", "duration_debiased=true", "--noise-model", "drift"], "duration_debiased must"),
         (["run", "convergence", "--agents", "BC"], "has no option --agents"),
+        ([*GENERATE, "--titles", "1"], "WorldConfig.n_titles must be at least 2"),
+        ([*GENERATE, "--reward-noise", "1.5"], "WorldConfig.reward_noise must be between 0 and 1"),
+        ([*GENERATE, "--noise-model", "cauchy"], "WorldConfig.noise_model must be one of watch_time"),
+        ([*GENERATE, "--history-length", "1000"], "WorldConfig.history_length must be"),
+        ([*GENERATE, "--split", "holdout"], "split must be one of train, validation, test, judge"),
+        ([*GENERATE, "--users", "0"], "n_users must be 1 to"),
+        ([*GENERATE, "--workers", "0"], "--workers must be at least 1"),
+        ([*GENERATE, "--users-per-shard", "-5"], "users_per_shard must be 0"),
     ],
 )
 def test_mistakes(arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,3 +208,39 @@ def test_failed_cells_exit_with_1(
     monkeypatch.setattr("recsim_gr.benchmarks.runner._run_cells", crash)
     assert main([*LANDSCAPE, "--out", str(tmp_path / "out")]) == FAILED_CELLS
     assert "noise-0-seed-0 FAILED: MemoryError: no room" in capsys.readouterr().out
+
+
+def test_generate_and_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*GENERATE, "--titles", "40", "--reward-noise", "0.2", "--taste-dimensions", "3", "--seed", "7"]
+    command += ["--history-length", "5", "--workers", "1", "--propensities", "--out", str(tmp_path / "logs")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "100 users in 1 shards to make: about " in text
+    assert text.endswith(f"100 users, 500 events, 0.0 MB. The log: {tmp_path / 'logs'}\n")
+    world = World(WorldConfig(n_titles=40, reward_noise=0.2, taste_dimensions=3, seed=7, history_length=5))
+    expected, log = world.generate_log(100, expose_propensities=True), InteractionLog.open(tmp_path / "logs")
+    assert isinstance(log, ShardedLog)
+    again = log.read()
+    assert again.score.tobytes() == expected.score.tobytes()
+    assert again.require_propensities().tobytes() == expected.require_propensities().tobytes()
+    assert again.provenance == expected.provenance
+    assert main(command) == 0
+    assert "1 of 1 shards are finished already and are kept." in capsys.readouterr().out
+    assert "another log (seed: 7 there, 8 here)" in mistake([*command, "--seed", "8"], capsys)
+
+
+def test_generate_shows_no_propensities_unasked(tmp_path: Path) -> None:
+    assert main([*GENERATE, "--titles", "30", "--workers", "1", "--out", str(tmp_path / "logs")]) == 0
+    log = InteractionLog.open(tmp_path / "logs")
+    assert isinstance(log, ShardedLog)
+    assert log.read().propensities is None
+
+
+def test_generate_explains_every_field_of_the_world(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*(field.name for field in fields(WorldConfig)), "users", "workers", "propensities", "users_per_shard"):
+        assert f"--{'titles' if name == 'n_titles' else name.replace('_', '-')}" in text
+    assert "--n-titles" not in text

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from recsim_gr import configs, metrics, training
+from recsim_gr import configs, histories, metrics
 from recsim_gr.agents import AGENTS, BC, PPO, Agent, BackboneAgent, agent_type, load_agent, register
 from recsim_gr.backbone import HSTU, HSTUConfig
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
@@ -344,7 +344,7 @@ def test_defaults_are_the_same_for_all() -> None:
 def test_learners_from_a_log_see_the_same_batches(
     make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, drawn = training._endless_rows, {}
+    original, drawn = histories._endless_rows, {}
     offline = [name for name in LEARNERS if name != "PPO"]  # which draws its contexts from an environment
     for name in offline:
         rows: list[list[int]] = []
@@ -354,7 +354,7 @@ def test_learners_from_a_log_see_the_same_batches(
                 rows.append(batch.tolist())
                 yield batch
 
-        monkeypatch.setattr(training, "_endless_rows", noting)
+        monkeypatch.setattr(histories, "_endless_rows", noting)
         make(name, training=TrainingConfig(steps=6, checks=1, batch_users=16)).fit(log, backbone, rewards)
         drawn[name] = rows
     assert len(offline) >= 5
