@@ -49,7 +49,7 @@ from recsim_gr.shards import (
     write_shard,
 )
 from recsim_gr.world import World, WorldConfig
-from recsim_gr.world_base import CHUNK_USERS, USERS_PER_SPLIT
+from recsim_gr.world_base import USERS_PER_SPLIT
 
 PART_EVENTS = 81_920
 """Events of a part at most, 4,096 users of 20: about a megabyte on disk and five in memory, so that reading one costs
@@ -58,8 +58,6 @@ PARTS_PER_SHARD, MOST_SHARDS_OF_A_SMALL_LOG, LEAST_SHARD_USERS = 8, 16, 512
 """By default a shard has eight parts: about a second's work, which is what a kill loses, in some ten megabytes. Logs
 too small for sixteen such shards are cut in sixteen, so that there is something for every worker, but of no less than
 512 users."""
-CHUNK_CELLS = 2**21
-"""Users times titles that are handled at a time, 16 MB a temporary in float64: bounds memory in large catalogues."""
 SAMPLE_USERS = 256
 """Users made beforehand to estimate time and size."""
 ENOUGH_SPACE = 0.9
@@ -186,7 +184,6 @@ class _Maker:
             n,
             self.plan.split,
             expose_propensities=self.plan.propensities,
-            chunk_users=max(1, min(CHUNK_USERS, CHUNK_CELLS // self.plan.world.n_titles)),
             offset=start,
         )
         columns = {name: getattr(log, name) for name in COLUMNS}
@@ -194,7 +191,7 @@ class _Maker:
 
     def sample(self) -> tuple[float, float]:
         """Seconds and bytes a user, measured on a few."""
-        n = max(1, min(self.plan.n_users, SAMPLE_USERS, CHUNK_CELLS // self.plan.world.n_titles))
+        n = min(self.plan.n_users, SAMPLE_USERS)
         self.columns(0, 1)  # titles and tables, which are worked out once
         start = time.perf_counter()
         columns = self.columns(0, n)

@@ -59,12 +59,12 @@ def test_bytes_do_not_depend_on_workers_or_order(tmp_path: Path) -> None:
     assert set(content(tmp_path / "one")) == {"manifest.json", "catalogue.parquet", *map(shard_name, range(5))}
 
 
-LARGER = [sys.executable, "-m", "recsim_gr", "generate", "--users", "12000", "--titles", "200"]
+LARGER = [sys.executable, "-m", "recsim_gr", "generate", "--users", "24000", "--titles", "500"]
 LARGER += ["--users-per-shard", "400", "--out"]
 
 
 def larger_plan() -> Plan:
-    return plan_of(n_users=12_000, users_per_shard=400, world=WorldConfig(n_titles=200))
+    return plan_of(n_users=24_000, users_per_shard=400, world=WorldConfig(n_titles=500))
 
 
 @pytest.fixture(scope="module")
