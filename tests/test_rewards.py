@@ -29,7 +29,7 @@ from recsim_gr.rewards import (
     title_mean_baseline,
     user_mean_baseline,
 )
-from recsim_gr.training import Batch, Histories, TrainingConfig, TrainingRecord, prefix_states
+from recsim_gr.training import Histories, HistorySource, TrainingConfig, TrainingRecord, prefix_states
 from recsim_gr.world import World, WorldConfig
 
 SHORT = TrainingConfig(steps=10, batch_users=16, warmup_steps=2, checks=2)
@@ -245,19 +245,10 @@ def test_members_start_apart_and_see_other_users_in_other_batches(
     purposes: list[str] = []
     drawn: list[list[int]] = []
 
-    def watched(histories: Histories, rows: Tensor) -> Batch:
-        drawn.append(rows.tolist())
-        return taken(histories, rows)
-
-    taken = Histories.batch
-
-    def noting(member: Any, loss: Any, objective: Any, histories: Histories, *further: Any) -> TrainingRecord:
+    def noting(member: Any, loss: Any, objective: Any, histories: HistorySource, *further: Any) -> TrainingRecord:
         heads.append(member.head.mix.detach().clone())
         purposes.append(further[2])
-        batch = histories.batch(torch.arange(len(histories)))
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Histories, "batch", watched)
-            loss(batch)
+        drawn.append([int(row) for batch in histories.chunks() for row in batch.rows])
         return TrainingRecord(0)
 
     monkeypatch.setattr("recsim_gr.rewards.train", noting)
