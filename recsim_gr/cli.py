@@ -104,10 +104,10 @@ def _options(config: type) -> type:
     hints = get_type_hints(config)
     metavars = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{True,False}"}
     options: list[tuple[str, Any, Any]] = []
-    for field in fields(config):
-        kind = hints[field.name]
-        shown = tyro.conf.arg(metavar=metavars[kind], help_behavior_hint=f"(default: {field.default})")
-        options.append((field.name, Annotated[kind | None, shown], None))
+    for option in fields(config):
+        kind = hints[option.name]
+        shown = tyro.conf.arg(metavar=metavars[kind], help_behavior_hint=f"(default: {option.default})")
+        options.append((option.name, Annotated[kind | None, shown], None))
     unchecked = {"__post_init__": lambda self: None, "__doc__": "Of the world; those that are not given keep it."}
     return make_dataclass(
         f"{config.__name__}Options", options, bases=(config,), namespace=unchecked, frozen=True, kw_only=True
