@@ -320,8 +320,11 @@ class Nothing(gymnasium.Env[dict[str, Any], np.int64]):
 
 def nothing_like(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     """`Nothing` behind the wrappers that `gymnasium.make` puts around every environment."""
-    spec = gymnasium.envs.registration.EnvSpec(id="recsim_gr/Nothing-v0", entry_point=lambda: Nothing(env.unwrapped))
-    nothing = gymnasium.make(spec)
+
+    def make(**_: Any) -> Nothing:
+        return Nothing(env.unwrapped)
+
+    nothing = gymnasium.make(gymnasium.envs.registration.EnvSpec(id="recsim_gr/Nothing-v0", entry_point=make))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the first calls, which are checked: it returns one object again and again
         for _ in range(3):

@@ -90,7 +90,7 @@ def sardine_log(titles: int, seconds: float) -> float:
     import sardine  # noqa: F401  (registers)
     from sardine.policies import EpsilonGreedyOracle
 
-    env = gymnasium.make("sardine/SingleItem-Static-v0").unwrapped
+    env: Any = gymnasium.make("sardine/SingleItem-Static-v0").unwrapped
     policy = EpsilonGreedyOracle(epsilon=0.5, env=env, seed=0)
 
     def users() -> int:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Timing:
         return cls(min(seconds), median(seconds))
 
 
-def side_by_side(works: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, Timing]:
+def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, Timing]:
     """Times single-threaded works by CPU time, a repeat of each in turn, so that all meet the same machine.
 
     Args:

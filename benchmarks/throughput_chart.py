@@ -50,7 +50,8 @@ def bars(found: Found, config: ThroughputConfig) -> list[dict[str, Any]]:
     rows = []
 
     def add(panel: str, label: str, kind: str, value: float, target: float | None = None) -> None:
-        rows.append({"panel": panel, "label": label, "kind": kind, "value": value, "target": target})
+        end = max(value, target or 0.0)
+        rows.append({"panel": panel, "label": label, "kind": kind, "value": value, "target": target, "end": end})
 
     for job, (panel, label) in jobs.items():
         target = RATE_TARGETS.get(job)
@@ -75,7 +76,10 @@ def value_of(found: Found, who: str, job: str) -> float:
 def chart(rows: list[dict[str, Any]]) -> Any:
     """Two panels, one under the other, with one axis; a black mark is a target."""
     top = max((row["value"] for row in rows), default=LEAST) * 4
-    titles = {"environment": "Environment steps a second", "log": "Logged events a second"}
+    titles = {
+        "environment": "Environment steps a second (black: target)",
+        "log": "Logged events a second (black: target)",
+    }
     panels = [
         _panel([row for row in rows if row["panel"] == panel], title, top)
         for panel, title in titles.items()
@@ -95,7 +99,9 @@ def _panel(rows: list[dict[str, Any]], title: str, top: float) -> Any:
     drawn = base.mark_bar(height={"band": 0.75}).encode(
         x=length, x2=alt.datum(LEAST), color=alt.Color("kind:N", scale=colours, title=None)
     )
-    said = base.mark_text(align="left", dx=4, fontSize=10).encode(x=length, text=alt.Text("value:Q", format=".2~s"))
+    said = base.mark_text(align="left", dx=4, fontSize=10).encode(
+        x=alt.X("end:Q", scale=scale, title=None), text=alt.Text("value:Q", format=".2~s")
+    )
     aimed = base.transform_filter("isValid(datum.target)").mark_tick(color="black", thickness=2, height={"band": 0.95})
     aimed = aimed.encode(x=alt.X("target:Q", scale=scale, title=None))
     return alt.layer(drawn, aimed, said).properties(width=520, height=19 * len(rows), title=title)

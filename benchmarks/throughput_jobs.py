@@ -210,7 +210,7 @@ def log(config: ThroughputConfig, n_titles: int) -> list[Figure]:
 
 def large(config: ThroughputConfig) -> list[Figure]:
     """The same over a large catalogue, by one process and by two at the same time."""
-    found = []
+    found: list[Figure] = []
     events = config.large_users * WorldConfig().history_length
     for workers in (1, 2):
         for who, work in ((OURS, _large_log), (FLOOR, _large_floor)):

@@ -320,7 +320,7 @@ def test_picture_has_a_bar_for_every_figure_and_every_peer(found: throughput.Fou
     assert kinds["SARDINE", "log"] == "peer, measured here"
     assert kinds["SARDINE", "environment"] == "peer, reported"
     assert len(rows) == 7 + len(peers.PEERS)
-    assert chart(rows).to_dict()["vconcat"][0]["title"] == "Environment steps a second"
+    assert chart(rows).to_dict()["vconcat"][0]["title"] == "Environment steps a second (black: target)"
 
 
 @pytest.mark.parametrize(
