@@ -6,5 +6,6 @@ if __name__ != "recsim_gr.benchmarks":
 from recsim_gr.benchmarks.convergence import Convergence
 from recsim_gr.benchmarks.landscape import Landscape
 from recsim_gr.benchmarks.suite import SUITES, Suite
+from recsim_gr.benchmarks.throughput import Throughput
 
-__all__ = ["SUITES", "Convergence", "Landscape", "Suite"]
+__all__ = ["SUITES", "Convergence", "Landscape", "Suite", "Throughput"]

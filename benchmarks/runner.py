@@ -138,6 +138,7 @@ def run(suite: Suite, out: Path, workers: int, console: Console) -> Outcome:
         KeyboardInterrupt: interrupted; finished cells are kept.
     """
     _refuse_no_workers(workers)
+    workers = min(workers, suite.most_workers)
     directory = RunDirectory(out, suite.identity())
     cells = suite.cells()
     kept = directory.finished(cells)
@@ -380,6 +381,7 @@ def dry_run(suite: Suite, out: Path, workers: int, show: Callable[[str], None]) 
         RunDirectoryError: another configuration is kept there.
     """
     _refuse_no_workers(workers)
+    workers = min(workers, suite.most_workers)
     directory = RunDirectory(out, suite.identity())
     cells = suite.cells()
     kept = {cell.name for cell in directory.finished(cells)}

@@ -46,6 +46,8 @@ class Suite(ABC):
     name: ClassVar[str]
     presets: ClassVar[dict[str, Any]]
     """Preset name to config."""
+    most_workers: ClassVar[int] = 2**31
+    """Processes that may work on cells at a time: 1 for what measures time, which a neighbour would falsify."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -55,6 +55,8 @@ class Run:
     """Training users."""
     test_contexts: int | None = None
     """Test users."""
+    jobs: tuple[str, ...] | None = None
+    """Which jobs suite throughput does; all by default."""
 
 
 @dataclass(frozen=True, kw_only=True)

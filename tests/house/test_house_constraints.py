@@ -18,9 +18,10 @@ def pins(root: Path) -> dict[str, str]:
 
 
 def named(root: Path) -> list[Requirement]:
-    """The requirements that pyproject.toml names: to run, to develop, to build."""
+    """The requirements that pyproject.toml names to run, to develop and to build."""
     table = tomllib.loads((root / "pyproject.toml").read_text())
-    extras = table["project"]["optional-dependencies"].values()
+    # peers are pinned where they stand and installed by nobody here; they want older versions of what we run on
+    extras = [group for extra, group in table["project"]["optional-dependencies"].items() if extra != "peers"]
     groups = [table["build-system"]["requires"], table["project"]["dependencies"], *extras]
     return [Requirement(text) for group in groups for text in group]
 
