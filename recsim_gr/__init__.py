@@ -11,6 +11,8 @@ from recsim_gr._registration import register_environments
 if TYPE_CHECKING:
     from recsim_gr import agents, benchmarks, envs
     from recsim_gr.backbone import HSTU, HSTUConfig
+    from recsim_gr.bayes import BayesReference
+    from recsim_gr.bayes_sampler import BayesConfig
     from recsim_gr.estimators import Estimate, estimate
     from recsim_gr.log import InteractionLog, ShardedLog
     from recsim_gr.logged_truth import LogTruth, log_truth
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BayesReference": "bayes",
+    "BayesConfig": "bayes_sampler",
     "HSTU": "backbone",
     "HSTUConfig": "backbone",
     "Estimate": "estimators",
@@ -54,6 +58,8 @@ _PACKAGES = ("agents", "benchmarks", "envs")
 
 __all__ = [
     "HSTU",
+    "BayesConfig",
+    "BayesReference",
     "Contexts",
     "Estimate",
     "Evaluation",
