@@ -194,7 +194,7 @@ class Choices:
         e = np.exp(utility - highest)
         remaining = _sums_to_the_end(mass.sum(axis=0, dtype=np.float64) * share, e)
         log_likelihood = utility.sum(axis=0) - np.log(remaining).sum(axis=0) - len(utility) * highest
-        weight = np.cumsum(1.0 / remaining, axis=0)  # a title counts at every step until it is chosen
+        weight = np.tri(len(remaining)) @ (1.0 / remaining)  # a title counts at every step until it is chosen
         gradient = self._sum - self.chosen.T @ (e * weight) - (self._left32_t @ mass) * (share * weight[-1])
         return log_likelihood, gradient
 
@@ -281,8 +281,7 @@ def _fading_law(nodes: int = 12) -> tuple[FloatArray, FloatArray]:
 
 def _sums_to_the_end(rest: FloatArray, terms: FloatArray) -> FloatArray:
     """(T, …): rest plus the sum of terms[t:], for every t."""
-    stacked = np.concatenate([np.asarray(rest)[None], terms[::-1]])
-    return np.cumsum(stacked, axis=0)[:0:-1]
+    return np.tri(len(terms)).T @ terms + rest  # a product is several times faster than a cumulative sum
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -334,6 +333,7 @@ class EventScores:
         self._ordinary = Table(log_a, -law.logit_reach, law.logit_reach)
         # where A is nothing, at the end of the range that is farther from the score, the density is B
         far = np.where(log_a[:, 0] < log_a[:, -1], nodes[0], nodes[-1])
+        far = np.broadcast_to(far, (len(law.minutes), len(score)))
         b = np.exp(density(far, law.minutes[:, None])).T - np.exp(np.minimum(log_a[:, :1], log_a[:, -1:]))
         self.mixture = bool(b.max(initial=0.0) > 1e-12)
         self._exogenous = Table(b, -NORMAL_RANGE, NORMAL_RANGE)
