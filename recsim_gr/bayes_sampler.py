@@ -123,9 +123,10 @@ class Particles:
     def move(self, beta: float) -> None:
         """One move, given drawn flags where events may be exogenous."""
         if not self.history.mixture:
-            z, valued, moved = self._trajectory(beta, self.valued, Metric(self._root, self._inverse))
-            self.z = np.where(moved, z, self.z)
-            self.valued = _where(moved, valued, self.valued)
+            for _ in range(2):  # for half the price of a move with flags
+                z, valued, moved = self._trajectory(beta, self.valued, Metric(self._root, self._inverse))
+                self.z = np.where(moved, z, self.z)
+                self.valued = _where(moved, valued, self.valued)
             return
         assert self.valued.scores is not None
         probability = self.history.ordinary_probability(self.valued, beta)
