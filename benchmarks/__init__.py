@@ -4,8 +4,9 @@ if __name__ != "recsim_gr.benchmarks":
     raise ImportError(f"import recsim_gr.benchmarks instead of {__name__}")
 
 from recsim_gr.benchmarks.convergence import Convergence
+from recsim_gr.benchmarks.headroom import Headroom
 from recsim_gr.benchmarks.landscape import Landscape
 from recsim_gr.benchmarks.suite import SUITES, Suite
 from recsim_gr.benchmarks.throughput import Throughput
 
-__all__ = ["SUITES", "Convergence", "Landscape", "Suite", "Throughput"]
+__all__ = ["SUITES", "Convergence", "Headroom", "Landscape", "Suite", "Throughput"]

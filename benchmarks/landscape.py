@@ -118,7 +118,7 @@ class Landscape(Suite):
 
     def run_cell(self, cell: Cell, notify: Notify) -> CellResult:
         noise, seed = cell.settings["reward_noise"], cell.settings["seed"]
-        laboratory = Laboratory(self.config, noise, seed, notify)
+        laboratory = self.laboratory(noise, seed, notify)
         reliability = laboratory.world.reliability()
         columns = {
             "suite": self.name,
@@ -148,6 +148,10 @@ class Landscape(Suite):
             _add_rows(result, columns | own, name, figures)
             result.costs[name] = costs
         return result
+
+    def laboratory(self, noise: float, seed: int, notify: Notify) -> "Laboratory":
+        """What the agents of a cell share."""
+        return Laboratory(self.config, noise, seed, notify)
 
     def agent(self, name: str) -> Agent:
         """An agent with its own defaults and the suite's schedule."""
@@ -193,13 +197,17 @@ class Laboratory:
             self.logs.train, self.backbone, config.rewards, held_out, seed=seed
         )
         notify(0.35, "judge")
-        judge_seed = seed + 500_000  # other initial weights than the agents' own
-        judge_log = self.logs.judge  # its last tenth is what the judge stops on: it shares no user with the agents
-        judge_backbone = pretrain(judge_log, config.backbone, config.judge_pretraining, seed=judge_seed)
-        self.judge = fit_reward_ensemble(judge_log, judge_backbone, config.judge, seed=judge_seed)
+        self.judge = self.fit_judge()
         self.contexts: Contexts = self.world.contexts(self.world.at_most("test", config.test_contexts))
         reference = agent_type("Pretrained")().fit(self.logs.train, self.backbone)
         self.examination = Examination(self.world, self.contexts, self.judge, reference, seed, config.rollout_contexts)
+
+    def fit_judge(self) -> RewardEnsemble | None:
+        """The reward model of other users."""
+        config, seed = self.config, self.seed + 500_000  # other initial weights than the agents' own
+        judge_log = self.logs.judge  # its last tenth is what the judge stops on: it shares no user with the agents
+        judge_backbone = pretrain(judge_log, config.backbone, config.judge_pretraining, seed=seed)
+        return fit_reward_ensemble(judge_log, judge_backbone, config.judge, seed=seed)
 
     def examine(self, agent: Agent) -> tuple[dict[str, float], dict[str, float]]:
         """Fits an agent and scores it: its figures and its costs."""
