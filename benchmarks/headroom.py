@@ -113,7 +113,9 @@ def parts(results: Results) -> tuple[FloatArray, dict[str, FloatArray]]:
     """
     best, bayes = results.of("Oracle", VALUE), results.of(WORLD, BAYES + VALUE)
     if not np.isfinite(best - bayes).any():
-        raise RunDirectoryError("the results hold no value of Oracle and Bayes on the same contexts; run the suite again")
+        raise RunDirectoryError(
+            "the results hold no value of Oracle and Bayes on the same contexts; run the suite again"
+        )
     agents = [name for name in results.agents if not (name in AGENTS and AGENTS[name].referee)]
     return best - bayes, {name: bayes - results.of(name, VALUE) for name in agents}
 
@@ -130,10 +132,11 @@ def summary(results: Results) -> list[str]:
         )
         shown = sorted(unlearned, key=lambda name: _mean(unlearned[name][level]))
         lines.append("  unlearned: " + ", ".join(f"{name} {_said(unlearned[name][level])}" for name in shown))
-        floor, backbone = results.of(WORLD, BAYES + "nll")[level], results.of("Pretrained", "nll")[level]
+        floor, entropy = (results.of(WORLD, BAYES + name)[level] for name in ("nll", "entropy"))
+        backbone = results.of("Pretrained", "nll")[level]
         lines.append(
             f"  next title, nats: floor {_mean(floor):.3f}, backbone {_mean(backbone):.3f}: short by "
-            f"{_said(backbone - floor)}; the floor's own entropy {_mean(results.of(WORLD, BAYES + 'entropy')[level]):.3f}"
+            f"{_said(backbone - floor)}; the floor's own entropy {_mean(entropy):.3f}"
         )
     margins = {name: _mean(difference.mean(axis=0)) for name, difference in unlearned.items()}
     closest = min(margins, key=lambda name: margins[name])
@@ -175,7 +178,7 @@ def figure(results: Results, subtitle: str) -> Figure:
         .facet(
             row=alt.Row(
                 "where:N",
-                sort=list(dict.fromkeys(row["where"] for row in rows)),
+                sort=list(dict.fromkeys(str(row["where"]) for row in rows)),
                 title=None,
                 header=alt.Header(labelAngle=0, labelAlign="left", labelOrient="top", labelAnchor="start"),
             ),

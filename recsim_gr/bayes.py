@@ -9,7 +9,7 @@ splits in two: ``Oracle − Bayes`` is unobservable, ``Bayes − agent`` is not 
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,8 +146,16 @@ class BayesReference:
         contexts = list(self._contexts(observations))
         self._last = {c.key: self._last.get(c.key) or self._summary(c) for c in contexts}
         rows = [self._last[context.key] for context in contexts]
-        columns = [np.array(column) for column in zip(*rows, strict=True)] if rows else self._nothing()
-        return Posterior(*columns[:5], Diagnostics(*columns[5:]))
+
+        def table(name: str) -> FloatArray:
+            return np.array([getattr(row, name) for row in rows]).reshape(len(rows), self.world.n_titles)
+
+        def column(name: str) -> NDArray[Any]:
+            return np.array([getattr(row, name) for row in rows])
+
+        tables = (table(name) for name in Posterior._fields[:4])
+        diagnostics = Diagnostics(*(column(name) for name in Diagnostics._fields))
+        return Posterior._make((*tables, column("log_evidence"), diagnostics))
 
     def draws(self, observations: Observations) -> list[Draws]:
         """Posterior draws of every context: ``final_moves`` × ``particles`` of them, those of one move standing
@@ -228,10 +236,6 @@ class BayesReference:
             history(z, 1.0).log_likelihood,
             law.satisfaction(z, context.epoch),
         )
-
-    def _nothing(self) -> list[NDArray[np.generic]]:
-        table: FloatArray = np.empty((0, self.world.n_titles))
-        return [table] * 4 + [np.empty(0), np.empty(0, dtype=np.int64), *([np.empty(0)] * 3)]
 
 
 class _Sums:

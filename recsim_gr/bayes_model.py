@@ -43,7 +43,7 @@ NO_FREE_TIME = 1e-12
 """Share of the median free time in whose limit no event is exogenous."""
 
 NEAREST_TO_LOWEST = 4e-6
-"""A bounded score is taken to be at least this much above the lowest, where float32 would make it infinitely unlikely."""
+"""A bounded score is taken to be at least this much above the lowest, of which no ordinary event is capable."""
 
 TINY = 1e-300
 

@@ -67,9 +67,7 @@ class Run(NamedTuple):
     acceptance: float
 
 
-def anneal(
-    history: History, config: BayesConfig, rng: np.random.Generator, visit: Callable[[FloatArray], None]
-) -> Run:
+def anneal(history: History, config: BayesConfig, rng: np.random.Generator, visit: Callable[[FloatArray], None]) -> Run:
     """Takes particles from the prior to the posterior; ``visit`` sees them, (2d + 3, N), after each final move."""
     n = config.particles
     particles = Particles(history, rng, rng.standard_normal((history.law.dimensions, n)), config.trajectory)
@@ -114,11 +112,11 @@ class Particles:
         self.valued = self.history(self.z, beta)
         if self.history.mixture:
             precision = self.history.curvature(self.z, beta)
-            self._inverse = np.linalg.inv(precision)
+            self._inverse = _inverse(precision)
         else:
-            self._inverse = np.cov(self.z) + 1e-10 * np.eye(len(self.z))
-            precision = np.linalg.inv(self._inverse)
-        self._root = np.linalg.cholesky(precision)
+            self._inverse = np.asarray(np.cov(self.z), dtype=np.float64) + 1e-10 * np.eye(len(self.z))
+            precision = _inverse(self._inverse)
+        self._root: FloatArray = np.asarray(np.linalg.cholesky(precision), dtype=np.float64)
 
     def move(self, beta: float) -> None:
         """One move, given drawn flags where events may be exogenous."""
@@ -147,7 +145,9 @@ class Particles:
         # (P + SGSᵀ)⁻¹ = P⁻¹ − P⁻¹S(I + GQ)⁻¹GSᵀP⁻¹, Q = SᵀP⁻¹S: Woodbury
         correction = np.linalg.solve(np.eye(k) + added @ inner, added)
         kick = self._by_scored.T @ (np.sqrt(precision) * self.rng.standard_normal(precision.shape))
-        return Metric(self._root, self._inverse, self._scored, np.ascontiguousarray(correction.transpose(1, 2, 0)), kick)
+        return Metric(
+            self._root, self._inverse, self._scored, np.ascontiguousarray(correction.transpose(1, 2, 0)), kick
+        )
 
     def _trajectory(
         self, beta: float, start: Valued, metric: "Metric", ordinary: NDArray[np.bool_] | None = None
@@ -227,7 +227,7 @@ def flip(
     d, n = history.law.d, z.shape[1]
     who = history.law.latents(z, history.epoch)
     delta, rest, taste, outside = who.discernment, who.rest, z[:d], z[d : 2 * d]
-    pull, free = delta * taste + rest * outside, rest * taste - delta * outside
+    pull = delta * taste + rest * outside
     known = history.offset[:, None] + delta * (history.logit_traits @ pull)  # (T, N) the part of the logits that stays
     logits = history.logits(z)
     before = _missed_by_sites(history, valued, ordinary, beta, sites, logits)
@@ -339,6 +339,10 @@ def _next_beta(particles: Particles, before: FloatArray, beta: float, least: flo
     return float(candidate)
 
 
+def _inverse(matrix: FloatArray) -> FloatArray:
+    return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
+
+
 def _weights(log_weights: FloatArray) -> tuple[FloatArray, float]:
     """Weights up to a factor, and the log of their mean."""
     top = log_weights.max()
@@ -351,5 +355,5 @@ def _where(moved: NDArray[np.bool_], new: Valued, old: Valued) -> Valued:
     scores = None
     if new.scores is not None and old.scores is not None:
         scores = type(new.scores)(*(np.where(moved, a, b) for a, b in zip(new.scores, old.scores, strict=True)))
-    first = (np.where(moved, a, b) for a, b in zip(new[:3], old[:3], strict=True))
-    return Valued(*first, scores)
+    log_likelihood, gradient, choices = (np.where(moved, a, b) for a, b in zip(new[:3], old[:3], strict=True))
+    return Valued(log_likelihood, gradient, choices, scores)
