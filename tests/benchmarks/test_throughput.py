@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from io import StringIO
@@ -17,7 +18,7 @@ from rich.console import Console
 from scipy import stats
 
 import recsim_gr  # noqa: F401  (registers the environments)
-from recsim_gr import configs
+from recsim_gr import cli, configs
 from recsim_gr.benchmarks import floors, peers, stopwatch, throughput, throughput_jobs
 from recsim_gr.benchmarks.runner import run
 from recsim_gr.benchmarks.throughput import Throughput, number, peer_table, table
@@ -231,6 +232,18 @@ def test_a_job_gives_finite_figures(job: str) -> None:
     rates = [figure for figure in figures if "per_second" in figure.metric]
     assert all(figure.value > 0 for figure in rates)
     assert {figure.who for figure in rates} in (set(), {OURS, FLOOR})
+
+
+@pytest.mark.skipif(not hasattr(cli, "Generate"), reason="there is no command to measure")
+def test_generating_to_parquet_is_measured_and_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    work, arguments = jobs_of(SMOKE)["generate"]
+    values = {figure.metric.removeprefix("generate."): figure.value for figure in work(SMOKE, *arguments)}
+    assert values["seconds_per_million"] == pytest.approx(values["seconds"] * 1e6 / SMOKE.n_users)
+    bytes_an_event = values["disk_megabytes_per_million"] / 20
+    assert 4 < bytes_an_event < 40  # title, hours, watch minutes at least; more where files are as small as here
+    assert values["peak_mebibytes"] > 50
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_the_package_loads_no_torch() -> None:
