@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 from scipy import stats
 
 import recsim_gr  # noqa: F401  (registers the environments)
-from recsim_gr import cli, configs
+from recsim_gr import configs
 from recsim_gr.benchmarks import floors, peers, stopwatch, throughput, throughput_jobs
 from recsim_gr.benchmarks.runner import run
 from recsim_gr.benchmarks.throughput import Throughput, number, peer_table, table
@@ -176,6 +177,40 @@ def test_memory_of_a_commands_grandchildren_counts() -> None:
     assert took.output.strip() == "made"
 
 
+PARENT = """
+import os, sys, threading, time
+from recsim_gr.benchmarks.stopwatch import run_command
+said = sys.argv[1]
+def die():
+    while not os.path.exists(said):
+        time.sleep(0.02)
+    os._exit(1)
+threading.Thread(target=die).start()
+run_command([sys.executable, "-c", sys.argv[2], said])
+"""
+SLEEPER = """
+import os, sys, time
+open(sys.argv[1] + ".part", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(60)
+"""
+
+
+@needs_proc
+def test_a_command_ends_with_its_parent(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    subprocess.run([sys.executable, "-c", PARENT, str(pid_file), SLEEPER], check=False, timeout=60)
+    pid, deadline = pid_file.read_text(), time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_a_command_that_fails_says_so() -> None:
     with pytest.raises(RuntimeError, match="ended with 3: no room"):
         stopwatch.run_command([sys.executable, "-c", "print('no room'); raise SystemExit(3)"])
@@ -234,7 +269,6 @@ def test_a_job_gives_finite_figures(job: str) -> None:
     assert {figure.who for figure in rates} in (set(), {OURS, FLOOR})
 
 
-@pytest.mark.skipif(not hasattr(cli, "Generate"), reason="there is no command to measure")
 def test_generating_to_parquet_is_measured_and_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     work, arguments = jobs_of(SMOKE)["generate"]
