@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+from recsim_gr.processes import end_with_parent
 
 MEBIBYTE = 2**20
 
@@ -81,7 +84,7 @@ def _once(work: Callable[[], object], calls: int) -> float:
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """What ``work(*arguments)`` returns in a new interpreter: one thread, a clean memory, the allocator as users have
     it."""
-    with _plain_environment(), ProcessPoolExecutor(1, _spawning(), _end_with_parent) as pool:
+    with _plain_environment(), ProcessPoolExecutor(1, _spawning(), end_with_parent) as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -137,19 +140,7 @@ _BARRIER: Any = None
 def _meet_at(barrier: Any) -> None:
     global _BARRIER
     _BARRIER = barrier
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """In a worker: an end with the parent, however that ends."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    end_with_parent()
 
 
 def _spawning() -> Any:
@@ -198,6 +189,14 @@ def _status(process: int | str, name: str) -> float:
     return float(found[1]) * 1024 if found else float("nan")
 
 
+START = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the command, which ends when its parent dies: no interrupt would reach it."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a command took.
@@ -223,8 +222,9 @@ def run_command(command: Sequence[str]) -> Finished:
     """
     peaks: dict[int, float] = {}
     before, start = os.times(), time.perf_counter()
+    starter = [sys.executable, "-I", "-S", "-c", START] if sys.platform == "linux" else []
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain_environment()
+        [*starter, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain_environment()
     )
     watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
     watcher.start()

@@ -50,8 +50,7 @@ def bars(found: Found, config: ThroughputConfig) -> list[dict[str, Any]]:
     rows = []
 
     def add(panel: str, label: str, kind: str, value: float, target: float | None = None) -> None:
-        end = max(value, target or 0.0)
-        rows.append({"panel": panel, "label": label, "kind": kind, "value": value, "target": target, "end": end})
+        rows.append({"panel": panel, "label": label, "kind": kind, "value": value, "target": target})
 
     for job, (panel, label) in jobs.items():
         target = RATE_TARGETS.get(job)
@@ -99,8 +98,10 @@ def _panel(rows: list[dict[str, Any]], title: str, top: float) -> Any:
     drawn = base.mark_bar(height={"band": 0.75}).encode(
         x=length, x2=alt.datum(LEAST), color=alt.Color("kind:N", scale=colours, title=None)
     )
-    said = base.mark_text(align="left", dx=4, fontSize=10).encode(
-        x=alt.X("end:Q", scale=scale, title=None), text=alt.Text("value:Q", format=".2~s")
+    said = base.mark_text(align="right", dx=-4, fontSize=10).encode(
+        x=length,
+        text=alt.Text("value:Q", format=".2~s"),
+        color=alt.condition("datum.kind == 'peer, reported'", alt.value("black"), alt.value("white")),
     )
     aimed = base.transform_filter("isValid(datum.target)").mark_tick(color="black", thickness=2, height={"band": 0.95})
     aimed = aimed.encode(x=alt.X("target:Q", scale=scale, title=None))

@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from io import StringIO
@@ -175,6 +177,40 @@ def test_memory_of_a_commands_grandchildren_counts() -> None:
     assert took.output.strip() == "made"
 
 
+PARENT = """
+import os, sys, threading, time
+from recsim_gr.benchmarks.stopwatch import run_command
+said = sys.argv[1]
+def die():
+    while not os.path.exists(said):
+        time.sleep(0.02)
+    os._exit(1)
+threading.Thread(target=die).start()
+run_command([sys.executable, "-c", sys.argv[2], said])
+"""
+SLEEPER = """
+import os, sys, time
+open(sys.argv[1] + ".part", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(60)
+"""
+
+
+@needs_proc
+def test_a_command_ends_with_its_parent(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    subprocess.run([sys.executable, "-c", PARENT, str(pid_file), SLEEPER], check=False, timeout=60)
+    pid, deadline = pid_file.read_text(), time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_a_command_that_fails_says_so() -> None:
     with pytest.raises(RuntimeError, match="ended with 3: no room"):
         stopwatch.run_command([sys.executable, "-c", "print('no room'); raise SystemExit(3)"])
@@ -231,6 +267,17 @@ def test_a_job_gives_finite_figures(job: str) -> None:
     rates = [figure for figure in figures if "per_second" in figure.metric]
     assert all(figure.value > 0 for figure in rates)
     assert {figure.who for figure in rates} in (set(), {OURS, FLOOR})
+
+
+def test_generating_to_parquet_is_measured_and_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    work, arguments = jobs_of(SMOKE)["generate"]
+    values = {figure.metric.removeprefix("generate."): figure.value for figure in work(SMOKE, *arguments)}
+    assert values["seconds_per_million"] == pytest.approx(values["seconds"] * 1e6 / SMOKE.n_users)
+    bytes_an_event = values["disk_megabytes_per_million"] / 20
+    assert 4 < bytes_an_event < 40  # title, hours, watch minutes at least; more where files are as small as here
+    assert values["peak_mebibytes"] > 50
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_the_package_loads_no_torch() -> None:
