@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import recsim_gr
-import recsim_gr.envs.watch_time  # so that what draws is loaded before anything is put in its place
 from recsim_gr import randomness, world_base
 from recsim_gr.agents import Random
 from recsim_gr.agents.rsdpo import _draw
 from recsim_gr.agents.sb3 import inverse_cdf
+from recsim_gr.envs import bandit
 from recsim_gr.errors import EstimationError
 from recsim_gr.estimators import importance_weights, interval, ips, logged_terms
 from recsim_gr.log import InteractionLog
@@ -62,7 +62,7 @@ def draw_through(monkeypatch: pytest.MonkeyPatch, stand_in: Uniforms, beneath: U
     """Every module of the package that draws by ``beneath``, wherever it lives, draws by ``stand_in`` instead."""
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("recsim_gr.")}
     found = {name for name, m in loaded.items() if m is not randomness and getattr(m, "uniforms", None) is beneath}
-    assert {"recsim_gr.world", "recsim_gr.world_base", "recsim_gr.envs.bandit"} <= found
+    assert {"recsim_gr.world", "recsim_gr.world_base"} <= found
 
     def drawn(seed: int, purpose: str, users: Users, per_user: int, out: FloatArray | None = None) -> FloatArray:
         u = stand_in(seed, purpose, users, per_user)
@@ -323,6 +323,15 @@ def test_no_number_is_ever_drawn_for_two_things(monkeypatch: pytest.MonkeyPatch)
             assert np.array_equal(before, row), (purpose, user)
         return u
 
+    played: list[FloatArray] = []  # environments read their streams on, a step after the other
+
+    def read_on(stream: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+        u = beneath(stream, shape)
+        played.append(u.ravel().copy())
+        return u
+
+    beneath = bandit._uniforms
+    monkeypatch.setattr(bandit, "_uniforms", read_on)
     draw_through(monkeypatch, recorder)
     for seed, model in itertools.product((0, 1), ("watch_time", "drift")):
         world = World(WorldConfig(n_titles=12, history_length=3, seed=seed, noise_model=model, history_median=2))
@@ -338,8 +347,9 @@ def test_no_number_is_ever_drawn_for_two_things(monkeypatch: pytest.MonkeyPatch)
             env.reset(seed=seed if episode == 0 else None)
             env.step(0)
     purposes = {purpose for _, purpose in drawn}
-    assert {"choice", "choice in steps", "noise", "mood", "times", "history length", "environment/noise"} <= purposes
-    numbers = np.concatenate([row for stream in drawn.values() for row in stream.values()])
+    assert {"choice", "choice in steps", "noise", "mood", "times", "history length"} <= purposes
+    assert sum(map(len, played)) > 3 * 300 * 4  # a context and the three numbers of a score, each episode
+    numbers = np.concatenate([*played, *(row for stream in drawn.values() for row in stream.values())])
     assert len(numbers) > 30_000
     assert len(np.unique(numbers)) == len(numbers)
 
@@ -476,11 +486,14 @@ def at_the_ends(pattern: int) -> Uniforms:
     """Uniforms that are always one of the two ends: the one, the other, or each at random."""
 
     def extreme(seed: int, purpose: str, users: Users, per_user: int) -> FloatArray:
-        u = uniforms(seed, purpose, users, per_user)
-        which = {0: np.zeros(u.shape, dtype=bool), 1: np.ones(u.shape, dtype=bool)}.get(pattern, u > 0.5)
-        return np.where(which, ENDS[1], ENDS[0])
+        return to_the_ends(uniforms(seed, purpose, users, per_user), pattern)
 
     return extreme
+
+
+def to_the_ends(u: FloatArray, pattern: int) -> FloatArray:
+    which = {0: np.zeros(u.shape, dtype=bool), 1: np.ones(u.shape, dtype=bool)}.get(pattern, u > 0.5)
+    return np.where(which, ENDS[1], ENDS[0])
 
 
 @models
@@ -491,7 +504,9 @@ def test_numbers_at_the_ends_make_a_finite_and_legal_world(
 ) -> None:
     options = EVERYTHING | {"order_effect": 0.0, "sampler": sampler}
     config = WorldConfig(n_titles=20, history_length=4, noise_model=model, **options)
-    draw_through(monkeypatch, at_the_ends(pattern))
+    extreme, beneath = at_the_ends(pattern), bandit._uniforms
+    draw_through(monkeypatch, extreme)
+    monkeypatch.setattr(bandit, "_uniforms", lambda stream, shape: to_the_ends(beneath(stream, shape), pattern))
     world = World(config)
     log = world.generate_log(30, expose_propensities=True)  # a legal log: finite, in range, propensities in (0, 1]
     contexts = world.contexts(30)

@@ -59,8 +59,10 @@ def test_bytes_do_not_depend_on_workers_or_order(tmp_path: Path) -> None:
     assert set(content(tmp_path / "one")) == {"manifest.json", "catalogue.parquet", *map(shard_name, range(5))}
 
 
-LARGER = [sys.executable, "-m", "recsim_gr", "generate", "--users", "24000", "--titles", "500"]
-LARGER += ["--users-per-shard", "400", "--out"]
+# a job in the background inherits a SIGINT that is ignored, and these tests may run in one
+LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+LARGER = [sys.executable, "-c", f"{LISTENING}; from recsim_gr.cli import main; raise SystemExit(main())"]
+LARGER += ["generate", "--users", "24000", "--titles", "500", "--users-per-shard", "400", "--out"]
 
 
 def larger_plan() -> Plan:
