@@ -350,6 +350,24 @@ def test_table_compares_with_targets_and_floors(found: throughput.Found) -> None
     assert line("a million").endswith("not measured")
 
 
+def test_a_table_of_some_jobs_has_their_lines_alone(found: throughput.Found) -> None:
+    lines = table(found, ThroughputConfig(jobs=("log-1000", "large", "import")))
+    starts = [line.split("  ")[0] for line in lines[2:] if not line.startswith(" ")]
+    assert starts == [
+        "log, 1,000 titles",
+        "log, 100,000 titles, one process",
+        "log, 100,000 titles, two processes, by the wall clock",
+        "import recsim_gr, beyond import gymnasium",
+    ]
+
+
+def test_a_smaller_log_is_not_judged_by_the_seconds_of_a_million(found: throughput.Found) -> None:
+    found[OURS, "generate.seconds_per_million"] = (50.0, "")
+    for users, verdict in ((100_000, "see preset full"), (1_000_000, "SHORT")):
+        config = ThroughputConfig(n_users=users)
+        assert next(line for line in table(found, config) if line.startswith("a million")).endswith(verdict)
+
+
 def test_peers_are_measured_or_reported_with_their_reason(found: throughput.Found) -> None:
     lines = peer_table(found)
     sardine = next(line for line in lines if line.startswith("SARDINE") and " log " in line)
