@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from scipy.special import expit, ndtri
 
 from recsim_gr.behaviour import LARGE_CATALOGUE, SPLITS, BehaviourConfig, FloatArray, Users, require_room
+from recsim_gr.choosing import LEAST_BLOCK_USERS, RoughUtilities, Rows
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import LEAST_BLOCK_USERS, USERS_PER_SPLIT, RoughUtilities, Rows, WorldBase, products
+from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products
 
 STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32 = 4.0, 24.0
 """Large catalogues are weighed in float32 up to here: pulls rarely exceed 5 deviations, so utilities stay below about
@@ -208,7 +209,7 @@ class World(WorldBase):
 
         return fill
 
-    def _rough_utilities(self, users: Users) -> RoughUtilities | None:
+    def rough_utilities(self, users: Users) -> RoughUtilities | None:
         steep = self.config.pull_strength > STEEPEST_PULL_IN_FLOAT32 or self.appeal.max() > HIGHEST_APPEAL_IN_FLOAT32
         if self.n_titles <= LARGE_CATALOGUE or steep:
             return None

@@ -5,7 +5,6 @@ titles; `recsim_gr.replay.ReplayWorld` real ones.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +14,6 @@ from scipy.special import betaincinv, ndtr, ndtri
 
 from recsim_gr import configs, metrics
 from recsim_gr.behaviour import (
-    LARGE_CATALOGUE,
     Behaviour,
     BehaviourConfig,
     FloatArray,
@@ -24,30 +22,25 @@ from recsim_gr.behaviour import (
     n_cold,
 )
 from recsim_gr.catalogue import Catalogue
+from recsim_gr.choosing import LEAST_BLOCK_USERS, RoughUtilities, Rows, choose
+from recsim_gr.debiasing import scored_by_quantile
 from recsim_gr.errors import ConfigError
 from recsim_gr.log import InteractionLog
 from recsim_gr.noise import (
-    DurationDebiasedNoise,
     Exposure,
-    NoiseModel,
     RewardNoise,
     Scores,
-    WatchTimeNoise,
     moods,
     noise_model,
 )
 from recsim_gr.observations import LOWEST_SCORE, Contexts, Observations, seen_mask
 from recsim_gr.policy import Policy
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.sampling import BLOCK_CELLS, Choices, GumbelBuffers, draws_a_round, gumbel, inverse_cdf, stepwise
 from recsim_gr.scoring import Evaluation, Judge, evaluate
 
 CHUNK_USERS, CHUNK_CELLS = 2_048, 2_048_000
 """Users handled at a time, and users × titles where all titles of each are looked at: bounds memory, and changes no
 result."""
-
-LEAST_BLOCK_USERS = 16
-"""The fewest users for whom titles are chosen at a time: fewer would pay more for the calls than for the work."""
 
 NEW_SESSION_PROBABILITY, HOURS_WITHIN_SESSION, HOURS_BETWEEN_SESSIONS = 0.25, 0.7, 22.0
 """Times of events: one event in four opens a new session, about a day later; the others follow at the length of a
@@ -57,33 +50,9 @@ CARRY_OVER_HOURS = 2.0
 """e-folding time of what a title carries over to later choices (``order_effect``): through a session, not to the next
 day."""
 
-DURATION_GROUPS, QUANTILE_KNOTS, CALIBRATION_CELLS, CALIBRATION_USERS = 10, 32, 128_000, 512
-"""Of the duration-debiased score: deciles of the catalogue's durations, pieces of each group's distribution, and the
-(user, title) pairs that it is averaged over, of at most so many users: a second's work, and the same for every log."""
-
-CALIBRATION_CHUNK = 16_000
-"""Pairs at a time: what a core's cache holds."""
-
-
 USERS_PER_SPLIT = 1_000_000_000
 USERS_PER_CONTEXT_SEED = 1_000_000
 """Simulated users are unlimited: each split owns a block of ids, each seed of `contexts` a part of the block."""
-
-
-Rows = Callable[[slice, NDArray[Any], NDArray[Any]], None]
-"""Writes what users ``slice`` feel for each title into an (n, I) array; the second array is room to work in."""
-
-
-class RoughUtilities(NamedTuple):
-    """Utilities in float32, and single ones in float64.
-
-    Attributes:
-        fill: writes float32 utilities.
-        exact: float64 utilities of users (by their place) and titles that broadcast against each other.
-    """
-
-    fill: Rows
-    exact: Callable[[NDArray[np.int64], NDArray[np.int64]], FloatArray]
 
 
 class Reliability(NamedTuple):
@@ -201,7 +170,7 @@ class WorldBase(ABC):
     def noise(self) -> RewardNoise:
         """The noise model with its dial."""
         model = noise_model(self.config.noise_model, self.config.reward_noise)
-        return self._debiased(model) if self.config.duration_debiased else model
+        return scored_by_quantile(self, model) if self.config.duration_debiased else model
 
     # -- users ----------------------------------------------------------------------------------------------------
 
@@ -246,6 +215,10 @@ class WorldBase(ABC):
                 out[self.catalogue.unreleased(who.epoch[part])] = -np.inf
 
         return fill
+
+    def rough_utilities(self, users: Users) -> RoughUtilities | None:
+        """Utilities in float32, where a world has them more cheaply and float32 is enough."""
+        return None
 
     def pull_rows(self, users: Users) -> Rows:
         """`pull` a block of users at a time."""
@@ -376,84 +349,13 @@ class WorldBase(ABC):
         """
         config = self.config
         hours = self.hours(users)[:, :length]
-        titles, log_propensities = self._choose(users, hours)
+        titles, log_propensities = choose(self, users, hours)
         per_event = self.noise.uniforms_per_event
         u = uniforms(config.seed, "noise", users, (config.history_length + 1) * per_event)
         u = u.reshape(len(users), -1, per_event)[:, :length]
         satisfaction = self.satisfaction_with(users, titles)
         mood = self.moods(users)[:, :length] if "mood" in self.noise.uses else np.zeros(())
         return Events(titles, log_propensities, hours, self._outcome(users, satisfaction, titles, mood, u))
-
-    def _choose(self, users: Users, hours: FloatArray) -> Choices:
-        """Titles and log-propensities, (n, T) each, by the sampler of the config, a block of users at a time."""
-        name = self.config.sampler
-        if name == "auto":
-            large = self.n_titles > LARGE_CATALOGUE
-            name = "stepwise" if self.config.order_effect > 0 else "inverse_cdf" if large else "gumbel"
-        sampler = {"gumbel": self._by_gumbel, "inverse_cdf": self._by_inverse_cdf, "stepwise": self._by_steps}[name]
-        return sampler(users, hours)
-
-    def _by_gumbel(self, users: Users, hours: FloatArray) -> Choices:
-        size, utilities = self._block_users, self.utility_rows(users)
-        buffers = GumbelBuffers.of(min(len(users), size), self.n_titles)
-        chosen = []
-        for start in range(0, len(users), size):
-            part = slice(start, min(start + size, len(users)))
-            room = buffers.rows(part.stop - start)
-            uniforms(self.config.seed, "choice", users[part], self.n_titles, out=room.uniforms)
-            utilities(part, room.utilities, room.ratios)
-            chosen.append(gumbel(room.utilities, room.uniforms, hours.shape[1], room))
-        return Choices.joined(chosen)
-
-    def _by_inverse_cdf(self, users: Users, hours: FloatArray) -> Choices:
-        per_round = draws_a_round(self.config.history_length + 1)
-        rough = self._rough_utilities(users)
-
-        def choose(part: slice, utilities: NDArray[Any]) -> Choices:
-            def draw(turn: int, rows: NDArray[np.int64]) -> FloatArray:
-                u = uniforms(self.config.seed, f"choice, round {turn}", users[part][rows], 2 * per_round)
-                return u.reshape(len(rows), per_round, 2)
-
-            exact = (lambda rows, titles: rough.exact(part.start + rows, titles)) if rough else None
-            return inverse_cdf(utilities, draw, hours.shape[1], exact)
-
-        return self._in_blocks(users, choose, rough)
-
-    def _rough_utilities(self, users: Users) -> RoughUtilities | None:
-        """Utilities in float32, where a world has them more cheaply and float32 is enough."""
-        return None
-
-    def _by_steps(self, users: Users, hours: FloatArray) -> Choices:
-        def choose(part: slice, utilities: FloatArray) -> Choices:
-            times = hours[part]
-
-            def carry(step: int, titles: NDArray[np.int64]) -> FloatArray:
-                return self.carry_over(titles, times[:, :step], times[:, step])
-
-            u = uniforms(self.config.seed, "choice in steps", users[part], self.config.history_length + 1)
-            return stepwise(utilities, u, times.shape[1], carry if self.config.order_effect > 0 else None)
-
-        return self._in_blocks(users, choose)
-
-    def _in_blocks(
-        self, users: Users, choose: Callable[[slice, NDArray[Any]], Choices], rough: RoughUtilities | None = None
-    ) -> Choices:
-        """``choose`` of each block of users and its utilities, whose memory is used again for the next."""
-        size, fill = self._block_users, rough.fill if rough else self.utility_rows(users)
-        shape = (2, min(len(users), size), self.n_titles)
-        out, scratch = np.empty(shape, dtype=np.float32 if rough else np.float64)
-        chosen = []
-        for start in range(0, len(users), size):
-            part = slice(start, min(start + size, len(users)))
-            n = part.stop - start
-            fill(part, out[:n], scratch[:n])
-            chosen.append(choose(part, out[:n]))
-        return Choices.joined(chosen)
-
-    @property
-    def _block_users(self) -> int:
-        """Users for whom titles are chosen at a time; changes no result."""
-        return max(LEAST_BLOCK_USERS, BLOCK_CELLS // self.n_titles)
 
     def generate_log(
         self,
@@ -621,28 +523,6 @@ class WorldBase(ABC):
             satisfaction.astype(np.float64), who.free_time[:, None], self.durations[titles], allure, mood
         )
         return self.noise.sample(exposure, u)
-
-    def _debiased(self, model: NoiseModel) -> DurationDebiasedNoise:
-        """Watch time scored by its quantile in duration groups, averaged exactly over the first choices of some
-        training users."""
-        assert isinstance(model, WatchTimeNoise)  # the config has seen to it
-        n_groups = min(DURATION_GROUPS, self.n_titles // 2)
-        edges = np.quantile(self.durations, np.arange(1, n_groups) / n_groups)
-        group = np.searchsorted(edges, self.durations, side="right")
-        knots = np.linspace(0.0, 1.0, QUANTILE_KNOTS + 1)
-        below, mass = np.zeros((n_groups, len(knots))), np.zeros(n_groups)
-        n_users = int(np.clip(CALIBRATION_CELLS // self.n_titles, 8, CALIBRATION_USERS))
-        users = self.users("train", self.at_most("train", n_users))
-        for chunk in np.array_split(users, -(-len(users) * self.n_titles // CALIBRATION_CHUNK)):
-            weight = np.exp(self.logging_log_probs(chunk, np.empty((len(chunk), 0), dtype=np.int64)))
-            satisfaction, minutes = self.satisfaction(chunk).astype(np.float64), self.behaviour(chunk).free_time
-            facts = Exposure(satisfaction, minutes[:, None], self.durations)
-            mass += np.bincount(group, weight.sum(axis=0), minlength=n_groups)
-            for k, knot in enumerate(knots):
-                reached = model.survival(max(float(knot), 1e-9), facts)  # just above 0: some never watch
-                below[:, k] += np.bincount(group, (weight * (1.0 - reached)).sum(axis=0), minlength=n_groups)
-        levels = below / np.maximum(mass, np.finfo(np.float64).tiny)[:, None]
-        return DurationDebiasedNoise(model, edges, knots, np.maximum.accumulate(levels, axis=1))
 
     def at_most(self, split: str, n: int) -> int:
         """``n``, or as many users as the split has."""

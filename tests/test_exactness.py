@@ -30,6 +30,7 @@ from recsim_gr import randomness, world_base
 from recsim_gr.agents import Random
 from recsim_gr.agents.rsdpo import _draw
 from recsim_gr.agents.sb3 import inverse_cdf
+from recsim_gr.choosing import Rows
 from recsim_gr.envs import bandit
 from recsim_gr.errors import EstimationError
 from recsim_gr.estimators import importance_weights, interval, ips, logged_terms
@@ -37,7 +38,6 @@ from recsim_gr.log import InteractionLog
 from recsim_gr.noise import NOISE_MODELS, Exposure
 from recsim_gr.randomness import uniforms
 from recsim_gr.world import World, WorldConfig
-from recsim_gr.world_base import Rows
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 

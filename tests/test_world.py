@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import logit
 
+from recsim_gr import choosing
 from recsim_gr import world as world_module
 from recsim_gr import world_base as world_base_module
 from recsim_gr.behaviour import SPLITS
+from recsim_gr.choosing import Rows
 from recsim_gr.configs import to_dict
 from recsim_gr.errors import ConfigError
 from recsim_gr.log import COLUMNS, InteractionLog
 from recsim_gr.noise import NOISE_MODELS, Exposure, Scores
 from recsim_gr.randomness import uniforms
 from recsim_gr.world import World, WorldConfig
-from recsim_gr.world_base import Rows
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 STATISTICAL = settings(max_examples=8, deadline=None, derandomize=True)
@@ -340,6 +341,7 @@ def test_every_purpose_is_one_stream_with_one_stretch_a_user(monkeypatch: pytest
 
     monkeypatch.setattr(world_module, "uniforms", spy)
     monkeypatch.setattr(world_base_module, "uniforms", spy)
+    monkeypatch.setattr(choosing, "uniforms", spy)
     world = World(WorldConfig(n_titles=12, history_length=3))
     world.generate_log(5, expose_propensities=True)
     world.generate_log(3, "judge")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recsim_gr import world_base
+from recsim_gr import choosing
 from recsim_gr.behaviour import LARGE_CATALOGUE, SAMPLERS, SPLITS
 from recsim_gr.log import COLUMNS, InteractionLog
 from recsim_gr.world import STEEPEST_PULL_IN_FLOAT32, World, WorldConfig
@@ -110,8 +110,8 @@ def test_neither_chunks_nor_blocks_change_a_bit(sampler: str, config: WorldConfi
     whole = log_of(config, n_users)
     assert_same_log(log_of(config, n_users, chunk_users=chunk), whole)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world_base, "BLOCK_CELLS", 1)
-        patch.setattr(world_base, "LEAST_BLOCK_USERS", 3)
+        patch.setattr(choosing, "BLOCK_CELLS", 1)
+        patch.setattr(choosing, "LEAST_BLOCK_USERS", 3)
         assert_same_log(log_of(config, n_users), whole)
 
 

@@ -133,7 +133,7 @@ def test_every_model_is_measured_at_every_dial(portrait: Portrait) -> None:
 
 
 def test_the_debiased_score_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsim_gr.world_base.CALIBRATION_USERS", 8)
+    monkeypatch.setattr("recsim_gr.debiasing.CALIBRATION_USERS", 8)
     config = dataclasses.replace(TINY, duration_debiased=True, reward_noise=0.35)
     signal = portray(World(config), 40).signal
     assert signal.models == (DEBIASED, *NOISE_MODELS)
