@@ -126,10 +126,17 @@ class PPO(BackboneAgent):
             gamma=1.0,  # episodes are one step long
             gae_lambda=1.0,
             clip_range=config.clip_range,
-            policy_kwargs={"backbone": reference},
+            policy_kwargs={"backbone": reference, "release": release_of(log)},
             seed=derived_seed(seed, "PPO") % 2**31,
             device="cpu",
         )
+
+
+def release_of(log: AnyLog) -> Tensor | None:
+    """(I,) the epoch that each title comes out in; None where all are out."""
+    if log.catalogue is None or not log.catalogue.has_releases:
+        return None
+    return torch.from_numpy(log.catalogue.release.copy())
 
 
 @torch.no_grad()
@@ -175,7 +182,14 @@ class _Watch(BaseCallback):
         observations, titles = self.locals["obs_tensor"], torch.from_numpy(self.locals["actions"])
         with torch.no_grad():
             state = self.reference.encode_last(observations["titles"], observations["scores"], observations["times"])
-            reference = masked_log_probs(self.reference, state, observations["titles"], observations["epoch"])
+            release = self.model.policy.release
+            reference = masked_log_probs(
+                self.reference,
+                state,
+                observations["titles"],
+                observations["epoch"],
+                release,  # type: ignore[arg-type]
+            )
         log_ratio = self.locals["log_probs"] - reference.gather(1, titles[:, None])[:, 0]
         self.locals["rewards"] -= self.config.kl_weight * log_ratio.numpy()
         return True

@@ -94,6 +94,7 @@ class BackbonePolicy(ActorCriticPolicy):
     Args:
         observation_space, action_space, lr_schedule: stable-baselines3's.
         backbone: what the actor starts from; copied.
+        release: (I,) int64, the epoch that each title comes out in; None where all are out.
     """
 
     def __init__(
@@ -102,11 +103,13 @@ class BackbonePolicy(ActorCriticPolicy):
         action_space: gym.spaces.Space,
         lr_schedule: Schedule,
         backbone: HSTU,
+        release: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs["features_extractor_class"] = _NoFeatures
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
         self.backbone = copy.deepcopy(backbone).requires_grad_(True)
+        self.release = release
         self.value_net = nn.Linear(backbone.config.dimensions, 1)
         nn.init.zeros_(self.value_net.weight)
         self.optimizer = self.optimizer_class(
@@ -149,10 +152,12 @@ class BackbonePolicy(ActorCriticPolicy):
     def _log_probs_and_values(self, obs: Any) -> tuple[Tensor, Tensor]:
         titles = obs["titles"].long()
         state = self.backbone.encode_last(titles, obs["scores"], obs["times"])
-        return masked_log_probs(self.backbone, state, titles, obs["epoch"]), self.value_net(state)
+        return masked_log_probs(self.backbone, state, titles, obs["epoch"], self.release), self.value_net(state)
 
 
-def masked_log_probs(backbone: HSTU, state: Tensor, titles: Tensor, epoch: Tensor) -> Tensor:
+def masked_log_probs(
+    backbone: HSTU, state: Tensor, titles: Tensor, epoch: Tensor, release: Tensor | None = None
+) -> Tensor:
     """(n, I) log π over the titles that can be chosen; about `MASKED` for others, whose probability is exactly 0.
 
     Args:
@@ -160,10 +165,11 @@ def masked_log_probs(backbone: HSTU, state: Tensor, titles: Tensor, epoch: Tenso
         state: (n, d) after the histories.
         titles: (n, L) the histories, padding n_titles.
         epoch: (n,) or (n, 1).
+        release: (I,), as in `BackbonePolicy`.
     """
     mask = state.new_zeros(len(titles), backbone.n_titles + 1).scatter_(1, titles, MASKED)[:, :-1]
-    if backbone.metadata is not None:
-        mask = mask.masked_fill(backbone.metadata.release > epoch.reshape(-1, 1), MASKED)
+    if release is not None:
+        mask = mask.masked_fill(release > epoch.reshape(-1, 1), MASKED)
     return torch.log_softmax(backbone.logits(state) + mask, dim=-1)
 
 

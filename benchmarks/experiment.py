@@ -1,6 +1,5 @@
 """What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
 
-import json
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -109,6 +108,15 @@ def build_world(config: ExperimentConfig, noise: float, seed: int) -> WorldBase:
     return World(WorldConfig(n_titles=config.n_titles, **shared, **_parsed(config.world_options, WorldConfig)))
 
 
+def _number_or_flag(value: str) -> int | float | bool:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return int(value)
+    except ValueError:
+        return float(value)
+
+
 SUITE_FIELDS = frozenset({"n_titles", "history_length", "noise_model", "reward_noise", "seed", "path", "sha256"})
 """Fields of a world's config that a suite sets by options of its own."""
 
@@ -128,8 +136,8 @@ def _parsed(options: tuple[str, ...], kind: type[BehaviourConfig]) -> dict[str, 
         if name in parsed:
             raise ConfigError(f"world option {name!r} is given twice")
         try:
-            parsed[name] = value if kinds[name] in (str, "str") else json.loads(value.lower())
-        except json.JSONDecodeError as error:
+            parsed[name] = value if kinds[name] in (str, "str") else _number_or_flag(value)
+        except ValueError as error:
             raise ConfigError(f"world option {option!r}: {value!r} is no number, true or false") from error
     return parsed
 

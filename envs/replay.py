@@ -28,7 +28,7 @@ class ReplayEnv(BanditEnv):
     | key | type | shape | what |
     |---|---|---|---|
     | ``titles`` | int64 | (L,) | titles watched, in order; 0 to I − 1, the columns of the matrix, padding I |
-    | ``scores`` | float32 | (L,) | scores they got, points in [1, 5] (``gaussian``: unbounded), padding 0 |
+    | ``scores`` | float32 | (L,) | scores they got, points (``watch_time``: in [1, 5]), padding 0 |
     | ``times`` | float32 | (L,) | hours since the epoch began, padding 0; synthetic |
     | ``length`` | int64 | () | how many are real; they come first |
     | ``epoch`` | int64 | () | 0 to n_epochs − 1; test users live in the last |

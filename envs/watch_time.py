@@ -29,7 +29,7 @@ class WatchTimeEnv(BanditEnv):
     | key | type | shape | what |
     |---|---|---|---|
     | ``titles`` | int64 | (L,) | titles watched, in order; 0 to I − 1, padding I |
-    | ``scores`` | float32 | (L,) | scores they got, points in [1, 5] (``gaussian``: unbounded), padding 0 |
+    | ``scores`` | float32 | (L,) | scores they got, points (``watch_time``: in [1, 5]), padding 0 |
     | ``times`` | float32 | (L,) | hours since the epoch began, padding 0 |
     | ``length`` | int64 | () | how many are real; they come first |
     | ``epoch`` | int64 | () | 0 to n_epochs − 1; test users live in the last |
@@ -92,7 +92,8 @@ class WatchTimeEnv(BanditEnv):
 
     Versions:
         v0: first version. Its bytes are frozen by a checksum in the tests. Sessions, acceptance and the world's other
-            options came later; they are off by default, and then change no byte.
+            options came later; they are off by default, and then change no byte of
+            worlds of up to 10,000 titles; larger ones draw their histories by a faster sampler since.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ def _by_inverse_cdf(world: "WorldBase", users: Users, hours: FloatArray) -> Choi
 
 def _by_steps(world: "WorldBase", users: Users, hours: FloatArray) -> Choices:
     def of_block(part: slice, utilities: FloatArray) -> Choices:
-        times = hours[part]
+        times = hours[part].astype(np.float32).astype(np.float64)  # a log's hours, so that it explains its choices
 
         def carry(step: int, titles: NDArray[np.int64]) -> FloatArray:
             return world.carry_over(titles, times[:, :step], times[:, step])

@@ -232,7 +232,10 @@ def _refuse_another(out: Path, plan: Plan) -> None:
 
 
 def _refuse_difference(out: Path, name: str, identity: dict[str, Any]) -> None:
-    kept = read_json(out / name)
+    try:
+        kept = read_json(out / name)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(f"{out / name} is damaged; remove {out}, or give --out another directory") from error
     if not isinstance(kept, dict) or kept.get("format") != FORMAT:
         raise RunDirectoryError(f"{out / name} is not of a log in shards; give --out another directory")
     there, here = _flat({key: kept.get(key) for key in identity}), _flat(identity)

@@ -313,7 +313,7 @@ class ShardedLog:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> NoReturn:
-            if name in (*COLUMNS, "propensities", "sequences", "rows", "write"):
+            if name in (*COLUMNS, "propensities", "require_propensities", "sequences", "rows", "write"):
                 raise ConfigError(
                     f"a log in shards has no {name!r} in memory; read() it first, or go through its parts"
                 )

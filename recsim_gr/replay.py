@@ -25,7 +25,7 @@ from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError, DataFileError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import WorldBase
+from recsim_gr.world_base import WorldBase, require_integers
 
 # ----------------------------------------------------------------------------------------------- rating files
 
@@ -394,6 +394,7 @@ class ReplayWorld(WorldBase):
 
     def users(self, split: str, n: int, offset: int = 0) -> Users:
         there_are = self.n_users(split)
+        require_integers(n, offset)
         if n < 1 or offset < 0 or offset + n > there_are:
             raise ConfigError(
                 f"users {offset} to {offset + n} of split {split!r}: {self.matrix.name} has {there_are} there"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from recsim_gr import metrics
 from recsim_gr.noise import Scores
-from recsim_gr.observations import Contexts, Observations
+from recsim_gr.observations import LOWEST_SCORE, Contexts, Observations
 from recsim_gr.policy import Truth, log_probs_of, ranking_scores
 from recsim_gr.randomness import uniforms
 
@@ -20,7 +20,8 @@ TOP_K = 10
 titles, all lists are cut to as many."""
 
 ROLLOUT_STEPS, DISCOUNT = 3, 0.9
-"""The judge's horizon and discount: the study's few discounted steps."""
+"""The judge's horizon and discount: the study's few discounted steps. The judge has learned from titles that users
+chose, so where users may abandon a title (``accept``) it promises more than they take."""
 
 ROLLOUT_GAP_HOURS = 0.7
 """Between recommended titles: they follow within a session."""
@@ -31,6 +32,10 @@ class WorldTruth(Truth, Protocol):
 
     @property
     def uniforms_per_exposure(self) -> int: ...
+
+    def satisfaction(self, users: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+    def acceptance(self, users: NDArray[np.int64]) -> FloatArray: ...
 
     def logging_log_probs(
         self,
@@ -94,8 +99,8 @@ METRICS = {
     "hr10_own": "hit rate @10, weighted likewise",
     "mrr_own": "mean reciprocal rank, weighted likewise",
     "judge_return": "judge's mean score over three discounted steps, its own scores appended",
-    "score_return": "expected score over three discounted steps of the true world",
-    "value_return": "true satisfaction over the same three steps as score_return",
+    "score_return": "expected score over three discounted steps of the true world; 1 once a title was abandoned",
+    "value_return": "true satisfaction over the same three steps as score_return, likewise",
     "overoptimisation": "judge_return − score_return",
     "misalignment": "score_return − value_return",
 }
@@ -231,7 +236,7 @@ class Examination:
     def _offline(self, answer: Answer) -> dict[str, float]:
         contexts = self.contexts
         ranks = metrics.rank_of(answer.scores, contexts.next_titles)
-        seen_truth = _history_mean(self.satisfaction, contexts.observations)
+        seen_truth = self._seen_truth
         observed = contexts.observations.scores.sum(axis=1) / np.maximum(contexts.observations.length, 1)
         next_scores = contexts.next_scores.astype(np.float64)
         low = next_scores.min()
@@ -275,6 +280,12 @@ class Examination:
                 figures[f"{metric}_{name}"] = float(values[users].mean()) if users.any() else float("nan")
         return figures
 
+    @cached_property
+    def _seen_truth(self) -> FloatArray:
+        """(n,) mean true satisfaction of the titles in each history: they were watched, accepted or not."""
+        truth = self.world.satisfaction(self.contexts.users).astype(np.float64)
+        return _history_mean(truth, self.contexts.observations)
+
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def _returns(self, policy: Any, first: Answer) -> dict[str, float]:
@@ -300,6 +311,12 @@ class Examination:
         users = self.contexts.users[: self.rollouts]
         return uniforms(self.seed, "rollouts", users, ROLLOUT_STEPS * n).reshape(-1, ROLLOUT_STEPS, n)
 
+    @cached_property
+    def _acceptance(self) -> FloatArray | None:
+        """(rollouts, I): P(a recommended title is watched); None where all are."""
+        acceptance = self.world.acceptance(self.contexts.users[: self.rollouts])
+        return None if (acceptance == 1.0).all() else acceptance
+
     def _judged_return(self, policy: Any, first: Answer) -> float:
         assert self.judge is not None
         observations = self.contexts.observations[slice(0, self.rollouts)]
@@ -320,12 +337,18 @@ class Examination:
         users = self.contexts.users[: self.rollouts]
         log_probs = first.log_probs[: self.rollouts]
         scores, values = [], []
+        there = np.ones(len(users))  # the probability that the session goes on: it ends with an abandoned title
         for step in range(self.rollout_steps):
             u = self._rollout_uniforms[:, step]
             titles = sample_titles(log_probs, u[:, 0])
             rows = (np.arange(len(users)), titles)
-            scores.append(float(self.expected_score[: self.rollouts][rows].mean()))
-            values.append(float(self.satisfaction[: self.rollouts][rows].mean()))
+            gained = [truth[: self.rollouts][rows] for truth in (self.expected_score, self.satisfaction)]
+            if self._acceptance is not None:
+                gained = [LOWEST_SCORE + there * (gain - LOWEST_SCORE) for gain in gained]
+                there = there * self._acceptance[rows]
+                u = np.column_stack([u[:, :-1], np.zeros(len(u))])  # who goes on has watched
+            scores.append(float(gained[0].mean()))
+            values.append(float(gained[1].mean()))
             if step + 1 < self.rollout_steps:
                 got = self.world.sample_scores(users, titles, u[:, 1:]).score.astype(np.float32)
                 observations = observations.append(titles, got, ROLLOUT_GAP_HOURS)

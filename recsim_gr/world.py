@@ -14,11 +14,11 @@ from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
-from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products
+from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products, require_integers
 
-STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32 = 4.0, 24.0
+STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32, FARTHEST_DRIFT_IN_FLOAT32 = 4.0, 24.0, 16.0
 """Large catalogues are weighed in float32 up to here: pulls rarely exceed 5 deviations, so utilities stay below about
-32, where float32 is good to 2e-6. Steeper ones take float64."""
+32 (16 more where the population has drifted as far), where float32 is good to 2e-6. Steeper ones take float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ class World(WorldBase):
     def users(self, split: str, n: int, offset: int = 0) -> Users:
         if split not in SPLITS:
             raise ConfigError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        require_integers(n, offset)
         if n < 1 or offset < 0 or offset + n > USERS_PER_SPLIT:
             raise ConfigError(f"users {offset} to {offset + n} of a split: must be 1 to {USERS_PER_SPLIT} users")
         start = SPLITS.index(split) * USERS_PER_SPLIT + offset
@@ -210,7 +211,10 @@ class World(WorldBase):
         return fill
 
     def rough_utilities(self, users: Users) -> RoughUtilities | None:
-        steep = self.config.pull_strength > STEEPEST_PULL_IN_FLOAT32 or self.appeal.max() > HIGHEST_APPEAL_IN_FLOAT32
+        config = self.config
+        steep = config.pull_strength > STEEPEST_PULL_IN_FLOAT32 or self.appeal.max() > HIGHEST_APPEAL_IN_FLOAT32
+        moved = np.linalg.norm(self.taste_centres, axis=1).max() * config.pull_strength
+        steep |= moved > FARTHEST_DRIFT_IN_FLOAT32
         if self.n_titles <= LARGE_CATALOGUE or steep:
             return None
         weights, epoch = self._utility_weights(users)

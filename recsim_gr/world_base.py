@@ -6,6 +6,7 @@ titles; `recsim_gr.replay.ReplayWorld` real ones.
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -300,8 +301,16 @@ class WorldBase(ABC):
             (n, I) float64, -inf for titles already seen or not out yet.
 
         Raises:
-            ConfigError: ``order_effect`` is on, and times are missing.
+            ConfigError: ``order_effect`` is on, and times are missing; or histories that are none.
         """
+        histories = np.asarray(histories)
+        if histories.ndim != 2 or len(histories) != len(users):
+            raise ConfigError(
+                f"histories must be (users, events), a row for each of {len(users)}, got {histories.shape}"
+            )
+        if histories.size and not 0 <= histories.min() <= histories.max() <= self.n_titles:
+            wrong = histories.min() if histories.min() < 0 else histories.max()
+            raise ConfigError(f"histories hold titles 0 to {self.n_titles - 1}, padding {self.n_titles}, got {wrong}")
         utilities = self.utilities(users)
         if self.config.order_effect > 0 and histories.shape[1] > 0:
             if times is None or now is None:
@@ -530,10 +539,22 @@ class WorldBase(ABC):
 
     def _sample_users(self, split: str, n: int, seed: int) -> Users:
         """(n,) users of a split, others for another seed."""
+        require_integers(n, seed)
         if n > USERS_PER_CONTEXT_SEED or seed < 0:
             limit = f"at most {USERS_PER_CONTEXT_SEED} a seed, and a seed of 0 or more"
             raise ConfigError(f"contexts({n}, seed={seed}): must be {limit}")
         return self.users(split, n, offset=seed * USERS_PER_CONTEXT_SEED)
+
+
+def require_integers(*counts: object) -> None:
+    """Refuses what is no whole number: numbers of users and seeds are not rounded.
+
+    Raises:
+        ConfigError: says what was got.
+    """
+    for count in counts:
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise ConfigError(f"numbers of users, offsets and seeds must be integers, got {count!r}")
 
 
 def products(rows: FloatArray, columns: FloatArray, out: FloatArray | None = None) -> FloatArray:

@@ -39,6 +39,12 @@ class Table:
         self.asked += 1
         return self.truth[users].astype(np.float32)
 
+    def satisfaction(self, users: Users) -> NDArray[np.float32]:
+        return self.truth[users].astype(np.float32)
+
+    def acceptance(self, users: Users) -> FloatArray:
+        return np.ones((len(users), self.truth.shape[1]))
+
     def expected_score(self, users: Users) -> FloatArray:
         return self.scores[users]
 

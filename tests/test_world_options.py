@@ -16,7 +16,9 @@ from recsim_gr.catalogue import Catalogue
 from recsim_gr.errors import ConfigError, LogFormatError
 from recsim_gr.log import COLUMNS, InteractionLog
 from recsim_gr.noise import NOISE_MODELS
+from recsim_gr.observations import Observations
 from recsim_gr.randomness import uniforms
+from recsim_gr.scoring import Examination
 from recsim_gr.world import World, WorldConfig
 from recsim_gr.world_base import CARRY_OVER_HOURS
 
@@ -74,7 +76,7 @@ def test_propensities_are_those_of_first_principles(config: WorldConfig, split: 
     # u_i = κ⟨φ, v_i⟩ + (1 − δ)·appeal + ω·Σ_j exp(−gap_j/2 h)⟨v_j, v_i⟩ over what is out and unseen, in fsum
     world = World(config)
     log = log_of(config, 6, split)
-    hours = world.hours(world.users(split, 6))  # float64, before the log rounds them
+    hours = world.hours(world.users(split, 6)).astype(np.float32).astype(np.float64)  # as the log has them
     for row, events in enumerate(histories_of(log)):
         user = log.user[events[:1]]
         delta = world.behaviour(user).discernment[0]
@@ -338,3 +340,107 @@ def test_the_second_moment_of_every_model_is_that_of_its_samples() -> None:
         square = np.square(world.noise.sample(exposure, u).score) - world.noise.second_moment(exposure)
         error = square.mean(axis=1)  # users are independent, their titles are not where a mood is shared
         assert abs(error.mean()) < 4.5 * error.std() / math.sqrt(len(users)), changes
+
+
+# ------------------------------------------------------------------------------------------------ what was mended
+
+
+@pytest.mark.parametrize("effect", [1.0, 5.0])
+def test_a_log_explains_its_choices_where_order_matters(effect: float) -> None:
+    # the hours that a log holds are float32, and propensities are those at these hours
+    world = World(WorldConfig(n_titles=120, history_length=100, order_effect=effect))
+    log = world.generate_log(20, expose_propensities=True)
+    seen = log.sequences()
+    users, rows = log.user[log.step == 0], np.arange(20)
+    for step in (1, 30, 99):
+        histories = np.where(np.arange(100) < step, seen.titles, world.n_titles)
+        log_probs = world.logging_log_probs(users, histories, seen.times, seen.times[:, step])
+        logged = log.require_propensities().reshape(20, 100)[:, step]
+        np.testing.assert_allclose(np.exp(log_probs[rows, seen.titles[:, step]]), logged, rtol=1e-9)
+
+
+def test_a_session_is_over_for_who_abandons_also_in_rollouts() -> None:
+    # Everybody abandons all but one title, or nearly so: returns of three steps by exact recursion over one title's
+    # policy. With acceptance p of the first title, and satisfaction 1 once the user is gone.
+    world = World(WorldConfig(n_titles=30, history_length=5, accept=1.0, reward_noise=0.0))
+    contexts = world.contexts(400)
+    policy, judge = UniformPolicy(), FlatJudge()
+    examination = Examination(world, contexts, judge)
+    figures = examination.evaluate(policy).metrics
+    plain = Examination(World(replace(world.config, accept=0.0)), contexts, judge).evaluate(policy).metrics
+    assert 1.0 < figures["value_return"] < figures["value_sampled"] < plain["value_return"]
+    # the first step is worth 1 + p(s − 1); the second counts only where the first was accepted, and so on
+    p, s = world.acceptance(contexts.users), world.satisfaction(contexts.users).astype(np.float64)
+    unseen = ~contexts.observations.seen()
+    stays = (p * unseen).sum(axis=1) / unseen.sum(axis=1)
+    gain = (p * (s - 1.0) * unseen).sum(axis=1) / unseen.sum(axis=1)
+    weights = 0.9 ** np.arange(3)
+    expected = 1.0 + (np.stack([gain, stays * gain, stays**2 * gain], axis=1) @ weights / weights.sum()).mean()
+    assert figures["value_return"] == pytest.approx(expected, abs=0.1)  # sampled titles, and none twice
+
+
+class UniformPolicy:
+    """All titles alike, but those that cannot be chosen."""
+
+    def log_probs(self, observations: Observations) -> FloatArray:
+        barred = observations.unavailable()
+        with np.errstate(divide="ignore"):
+            return np.log(~barred / (~barred).sum(axis=1, keepdims=True))
+
+
+class FlatJudge:
+    """A judge to whom all is the same."""
+
+    def mean(self, observations: Observations) -> NDArray[np.float32]:
+        return np.full((len(observations), observations.n_titles), 3.0, dtype=np.float32)
+
+
+def test_true_groups_go_by_satisfaction_whatever_is_accepted() -> None:
+    plain = World(WorldConfig(n_titles=40, history_length=6))
+    contexts = plain.contexts(200)
+    figures = [
+        Examination(World(replace(plain.config, accept=accept)), contexts).evaluate(UniformPolicy()).metrics
+        for accept in (0.0, 1.0)
+    ]
+    for name in ("ndcg10_true", "hr10_true", "mrr_true"):
+        assert figures[0][name] == figures[1][name]
+
+
+@pytest.mark.parametrize("drift", [0.0, 3.0, 1e3])
+def test_large_catalogues_stay_exact_however_far_tastes_drift(drift: float) -> None:
+    config = WorldConfig(n_titles=12_000, history_length=5, pull_strength=4.0, population_drift=drift)
+    world = World(config)
+    log = world.generate_log(6, "test", expose_propensities=True)
+    users, seen = log.user[log.step == 0], log.sequences()
+    for step in range(5):
+        histories = np.where(np.arange(5) < step, seen.titles, world.n_titles)
+        log_probs = world.logging_log_probs(users, histories)[np.arange(6), seen.titles[:, step]]
+        np.testing.assert_allclose(log.require_propensities().reshape(6, 5)[:, step], np.exp(log_probs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_users", [2.5, "5", True, None])
+def test_numbers_of_users_are_whole(n_users: Any) -> None:
+    with pytest.raises(ConfigError, match="must be integers, got"):
+        World(WorldConfig()).generate_log(n_users)
+    with pytest.raises(ConfigError, match="must be integers, got"):
+        World(WorldConfig()).contexts(5, seed=n_users)
+
+
+@pytest.mark.parametrize(
+    ("histories", "says"),
+    [
+        (np.array([[50]]), "got 50"),
+        (np.array([[-1]]), "got -1"),
+        (np.array([3]), r"got \(1,\)"),
+        (np.array([[1], [2]]), r"a row for each of 1, got \(2, 1\)"),
+    ],
+)
+def test_histories_that_are_none_are_refused(histories: Any, says: str) -> None:
+    world = World(WorldConfig(n_titles=40, history_length=3))
+    with pytest.raises(ConfigError, match=says):
+        world.logging_log_probs(world.users("train", 1), histories)
+
+
+def test_a_share_of_no_title_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cold_share must be 0, or large enough for one of 50 titles"):
+        WorldConfig(n_titles=50, cold_share=0.005)

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from recsim_gr.agents import AGENTS, Agent, load_agent
+from recsim_gr.agents.ppo import release_of
+from recsim_gr.agents.sb3 import masked_log_probs
 from recsim_gr.backbone import HSTU, HSTUConfig
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts
 from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.scoring import COLD_METRICS
-from recsim_gr.training import TrainingConfig
+from recsim_gr.training import Histories, TrainingConfig, prefix_logits, tensors
 from recsim_gr.world import World, WorldConfig
 
 Make = Callable[..., Agent]
@@ -102,10 +104,19 @@ def test_metadata_are_used_where_titles_come_out_unless_told_otherwise(cold_log:
         assert (pretrain(log, shape, short).metadata is not None) == used
 
 
+def test_ppo_is_masked_in_training_too_whatever_represents_titles(cold_log: InteractionLog) -> None:
+    backbone = HSTU(HSTUConfig(dimensions=8, n_layers=1, max_length=8, metadata="never"), 40).eval()
+    histories = cold_log.sequences()
+    titles, scores, times = tensors(histories)
+    state, epoch = backbone.encode_last(titles, scores, times), torch.from_numpy(histories.epoch)
+    log_probs = masked_log_probs(backbone, state, titles, epoch, release_of(cold_log))
+    barred = torch.from_numpy(histories.unavailable())
+    assert (log_probs.exp()[barred] == 0).all()
+    assert (log_probs.exp()[~barred] > 0).all()
+
+
 def test_titles_that_are_not_out_are_no_negatives(cold_log: InteractionLog) -> None:
     # their logits must have no gradient from users of earlier epochs: to those they were never shown
-    from recsim_gr.training import Histories, prefix_logits
-
     backbone = HSTU(HSTUConfig(dimensions=8, n_layers=1, max_length=8, metadata="never"), 40)
     batch = next(Histories(cold_log).chunks())
     logits = prefix_logits(backbone, batch)
