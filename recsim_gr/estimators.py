@@ -335,8 +335,8 @@ def estimate(
 ) -> Estimate:
     """What a policy would score on the contexts of a log, by its propensities.
 
-    Logged titles were chosen, and so watched: where a recommendation may be abandoned (``accept``), this is the score of
-    titles that are watched, above what recommending them would score.
+    Logged titles were chosen, and so watched: where a recommendation may be abandoned (``accept``), this is the score
+    of titles that are watched, above what recommending them would score.
 
     The log must be one that neither the policy nor the reward model was trained on: a policy that has seen the scores
     has picked their luck.
