@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def at_the_same_time(
-    work: Callable[..., Callable[[], object]], each: Sequence[tuple[Any, ...]], repeats: int
+    work: Callable[..., Callable[[], object]], each: Sequence[tuple[Any, ...]], repeats: int, seconds: float
 ) -> tuple[Timing, Timing]:
     """Times several processes that do their work at the same time.
 
@@ -97,6 +98,8 @@ def at_the_same_time(
         work: called with the arguments of a process, in it, returns what is timed; that is called once beforehand.
         each: arguments, a process each.
         repeats: how often.
+        seconds: that a repeat takes at least. It should be a second or more: processes that wake together may start on
+            one core, and part within a tenth of a second.
 
     Returns:
         wall seconds, from the start of all to the end of the last; and CPU seconds of the process that takes most,
@@ -108,28 +111,44 @@ def at_the_same_time(
         _plain_environment(),
         ProcessPoolExecutor(len(each), context, _meet_at, (barrier,)) as pool,
     ):
-        by_process = list(pool.map(_timed_together, [work] * len(each), each, [repeats] * len(each)))
+        by_process = list(pool.map(partial(_timed_together, work, repeats=repeats, seconds=seconds), each))
     by_repeat = list(zip(*by_process, strict=True))
-    wall = [max(span.end for span in spans) - min(span.start for span in spans) for spans in by_repeat]
+    wall = [_together(spans) for spans in by_repeat]
     return Timing.of(wall), Timing.of([max(span.cpu for span in spans) for spans in by_repeat])
 
 
 class _Span(NamedTuple):
+    """A repeat of a process: when it began and ended, its CPU time a call, and how many calls it was."""
+
     start: float
     end: float
     cpu: float
+    calls: int
 
 
-def _timed_together(work: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], repeats: int) -> list[_Span]:
+def _together(spans: Sequence[_Span]) -> float:
+    """Seconds in which every process makes one call, from the first start to the last end."""
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    return whole * len(spans) / sum(span.calls for span in spans)
+
+
+def _timed_together(
+    work: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], repeats: int, seconds: float
+) -> list[_Span]:
     timed = work(*arguments)
     timed()
+    assert _BARRIER is not None
+    _BARRIER.wait(timeout=600)
+    start = time.monotonic()
+    timed()
+    calls = max(1, round(seconds / max(time.monotonic() - start, 1e-6)))
     spans = []
     for _ in range(repeats):
-        assert _BARRIER is not None
         _BARRIER.wait(timeout=600)
         start, cpu = time.monotonic(), time.process_time()  # the first is one clock for all processes
-        timed()
-        spans.append(_Span(start, time.monotonic(), time.process_time() - cpu))
+        for _ in range(calls):
+            timed()
+        spans.append(_Span(start, time.monotonic(), (time.process_time() - cpu) / calls, calls))
     return spans
 
 

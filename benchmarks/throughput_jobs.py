@@ -215,7 +215,7 @@ def large(config: ThroughputConfig) -> list[Figure]:
     for workers in (1, 2):
         for who, work in ((OURS, _large_log), (FLOOR, _large_floor)):
             each = [(config, SPLITS[k]) for k in range(workers)]
-            wall, cpu = at_the_same_time(work, each, config.repeats)
+            wall, cpu = at_the_same_time(work, each, config.repeats, 3 * config.seconds)
             found += rates(f"large_{workers}", events * workers, who, wall)
             found += rates(f"large_{workers}_cpu", events * workers, who, cpu)
     return found
