@@ -124,8 +124,9 @@ class BehaviourConfig:
         for name in ("discernment_alpha", "discernment_beta"):
             require(getattr(self, name) > 0, self, name, "positive")
         for name in ("duration", "free_time"):
-            require(getattr(self, f"{name}_median_minutes") > 0, self, f"{name}_median_minutes", "positive")
-            require(getattr(self, f"{name}_log_deviation") >= 0, self, f"{name}_log_deviation", "0 or more")
+            median, deviation = f"{name}_median_minutes", f"{name}_log_deviation"
+            require(0 < getattr(self, median) <= 1e6, self, median, "positive, and at most a million")
+            require(0 <= getattr(self, deviation) <= 10, self, deviation, "0 to 10")
 
 
 class Behaviour(NamedTuple):

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.errors import ConfigError, UnknownNameError
+from recsim_gr import configs
+from recsim_gr.errors import ConfigError, EstimationError, UnknownNameError
 from recsim_gr.estimators import RewardModel, event_chunks, prefixes
 from recsim_gr.log import InteractionLog
 from recsim_gr.noise import Exposure, RewardNoise
@@ -33,6 +34,9 @@ FloatArray = NDArray[np.float64]
 
 class LoggingTruth(Truth, Protocol):
     """What is asked of a world beside the truth: its logging policy, and the first two moments of logged scores."""
+
+    @property
+    def n_titles(self) -> int: ...
 
     @property
     def noise(self) -> RewardNoise: ...
@@ -110,7 +114,9 @@ def log_truth(
 
     Raises:
         PolicyError: the policy's answer is no policy.
+        EstimationError: the log is another world's.
     """
+    _refuse_foreign(world, log)
     out = np.empty((6, len(log)))
     for events in event_chunks(log):
         observations, users = prefixes(log, events), log.user[events]
@@ -133,3 +139,17 @@ def log_truth(
             second = (ratio * (square - 2.0 * q * mean + q**2)).sum(axis=1)
             out[5, events] = second - (pi * (mean - q)).sum(axis=1) ** 2
     return LogTruth(out[0], out[1], out[2], out[3], out[4], None if reward_model is None else out[5])
+
+
+def _refuse_foreign(world: LoggingTruth, log: InteractionLog) -> None:
+    """Where a log says what it was made with, it must be this world's config."""
+    made, own = (log.provenance or {}).get("config"), getattr(world, "config", None)
+    if not isinstance(made, dict) or own is None:
+        made = {}
+    there = made | {"n_titles": log.n_titles}
+    here = {**(configs.to_dict(own) if made else {}), "n_titles": world.n_titles}
+    differing = sorted(name for name in there if there[name] != here.get(name, there[name]))
+    if differing:
+        name = differing[0]
+        found = f"{name}: {there[name]!r} there, {here[name]!r} here"
+        raise EstimationError(f"the log is another world's ({found}); give the world that made it")

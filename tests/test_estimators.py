@@ -683,3 +683,11 @@ def test_where_a_policy_is_hardly_ever_logged_a_right_estimator_misses() -> None
         shares.append(found.standard_error / truth.standard_error("ips"))
     assert hits < 0.8 * 50  # of 95 % intervals
     assert np.median(shares) < 0.1  # what the interval takes for the error is a small part of it
+
+
+def test_another_worlds_log_is_refused() -> None:
+    world = World(WorldConfig(n_titles=12, history_length=3))
+    log = world.generate_log(5)
+    for other in (WorldConfig(n_titles=12, history_length=3, seed=1), WorldConfig(n_titles=13, history_length=3)):
+        with pytest.raises(EstimationError, match="the log is another world's"):
+            log_truth(World(other), Random(), log)
