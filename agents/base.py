@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recsim_gr import configs
 from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
-from recsim_gr.errors import CheckpointError, ConfigError, RecsimError, UnknownNameError
+from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
 from recsim_gr.files import atomic_path, read_json, write_json
 from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
@@ -98,6 +98,12 @@ def agent_type(name: str) -> type["Agent"]:
     return AGENTS[name]
 
 
+def not_fitted(agent: "Agent") -> PolicyError:
+    """The complaint about an agent that is asked before it has learned."""
+    given = "log, backbone, rewards" if agent.needs_ensemble else "log, backbone"
+    return PolicyError(f"{agent.name} is not fitted yet; call fit({given}) first")
+
+
 class Agent(ABC):
     """A policy over titles.
 
@@ -159,6 +165,13 @@ class Agent(ABC):
     @abstractmethod
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
         """(n, I) log π(a | x); -inf for titles that are seen or not out yet."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in ("policy", "q_function"):  # what `fit` makes
+                raise not_fitted(self)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def ranks_by_log_probs(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, register, required_parts
+from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, not_fitted, register, required_parts
 from recsim_gr.backbone import HSTU
 from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.observations import Observations
@@ -62,6 +62,8 @@ class Popularity(Agent):
         return self
 
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
+        if len(self.log_counts) == 0:
+            raise not_fitted(self)
         return _normalised(np.tile(self.log_counts, (len(observations), 1)), observations)
 
     def state(self) -> dict[str, Tensor]:

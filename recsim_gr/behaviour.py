@@ -105,7 +105,12 @@ class BehaviourConfig:
         require(0.0 <= self.reward_noise <= 1.0, self, "reward_noise", "between 0 and 1")
         known = tuple(NOISE_MODELS)  # a tuple: also what has no hash is refused by name
         require(self.noise_model in known, self, "noise_model", f"one of {', '.join(known)}")
-        require(0 <= self.history_median <= self.history_length, self, "history_median", "0 to history_length")
+        require(
+            0 <= self.history_median <= self.history_length,
+            self,
+            "history_median",
+            f"0 to history_length ({self.history_length})",
+        )
         require(self.history_log_deviation >= 0, self, "history_log_deviation", "0 or more")
         require(0.0 <= self.cold_share < 1.0, self, "cold_share", "in [0, 1)")
         later = self.cold_share == 0 or self.n_epochs >= 2

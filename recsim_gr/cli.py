@@ -1,5 +1,6 @@
-"""The command line. Every mistake of a user is one line on standard error and exit code 2."""
+"""The command line. A mistake of a user is told on standard error, in one line where it can be parsed; exit code 2."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -156,12 +157,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: all is well; 1: some cells failed, the rest is reported; 2: a mistake in the command or its input, nothing
     was overwritten; 130: interrupted, finished cells are kept.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Greek must not stop the work
     console = Console(soft_wrap=True, highlight=False)
     try:
         command = tyro.cli(Command, args=arguments, prog="recsim-gr", description=__doc__)
         return COMMANDS[type(command)](command, console)
     except RecsimError as error:
         print(f"recsim-gr: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return USER_ERROR
+    except MemoryError as error:
+        print(f"recsim-gr: not enough memory ({error}); ask for fewer users or titles", file=sys.stderr)  # noqa: T201
         return USER_ERROR
     except KeyboardInterrupt:
         print("recsim-gr: interrupted; the same command goes on where it stopped", file=sys.stderr)  # noqa: T201

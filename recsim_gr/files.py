@@ -61,8 +61,9 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunDirectoryError(f"{path} is missing; is this the output directory of a run?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunDirectoryError(f"{path} cannot be read as JSON ({error}); delete it and run again") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no JSON, an endless integer
+        advice = "remove that directory and run again, or give another"
+        raise RunDirectoryError(f"{path} cannot be read as JSON ({error}); {advice}") from error
 
 
 def _without_nan(content: Any) -> Any:

@@ -16,6 +16,9 @@ from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.randomness import generator, uniforms
 from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products, require_integers
 
+MOST_TITLES = 10_000_000
+"""Ten times the largest catalogues that are sold; their tables take gigabytes."""
+
 STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32, FARTHEST_DRIFT_IN_FLOAT32 = 4.0, 24.0, 16.0
 """Large catalogues are weighed in float32 up to here: pulls rarely exceed 5 deviations, so utilities stay below about
 32 (16 more where the population has drifted as far), where float32 is good to 2e-6. Steeper ones take float64."""
@@ -47,10 +50,10 @@ class WorldConfig(BehaviourConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.n_titles >= 2, self, "n_titles", "at least 2")
+        require(2 <= self.n_titles <= MOST_TITLES, self, "n_titles", f"at least 2, and at most {MOST_TITLES}")
         require_room(self, self.n_titles)
-        require(self.taste_dimensions >= 1, self, "taste_dimensions", "at least 1")
-        require(self.n_genres >= 1, self, "n_genres", "at least 1")
+        for name in ("taste_dimensions", "n_genres"):
+            require(1 <= getattr(self, name) <= 100_000, self, name, "at least 1, and at most 100000")
         for name in (
             "genre_spread",
             "quality_deviation",
@@ -58,7 +61,7 @@ class WorldConfig(BehaviourConfig):
             "population_drift",
             "satisfaction_slope",
         ):
-            require(getattr(self, name) >= 0, self, name, "0 or more")
+            require(0 <= getattr(self, name) <= 1e6, self, name, "0 or more, and at most a million")
 
 
 class World(WorldBase):

@@ -499,7 +499,16 @@ class WorldBase(ABC):
         return float(np.sign(covariance) * covariance**2 / spread) if spread > 0 else 0.0
 
     def evaluate(self, agent: Policy, n_users: int = 2_000, seed: int = 0, judge: Judge | None = None) -> Evaluation:
-        """Scores an agent on ``n_users`` test contexts, see `recsim_gr.scoring.evaluate`."""
+        """Scores an agent on ``n_users`` test contexts, see `recsim_gr.scoring.evaluate`.
+
+        Raises:
+            ConfigError: an agent that knows another world than this.
+        """
+        known = getattr(agent, "world", None)
+        if isinstance(known, WorldBase) and known.config != self.config:
+            raise ConfigError(
+                f"{type(agent).__name__} knows another world than the one that scores it; make it of this one"
+            )
         return evaluate(self, agent, self.contexts(n_users, seed), judge=judge)
 
     # -- inside ---------------------------------------------------------------------------------------------------

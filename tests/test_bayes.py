@@ -457,3 +457,9 @@ def test_foreign_noise_is_refused() -> None:
     world.__dict__["noise"] = Tangled()
     with pytest.raises(ConfigError, match="Tangled"):
         BayesReference(world)
+
+
+def test_the_reference_of_another_world_is_refused() -> None:
+    one, other = (World(WorldConfig(n_titles=12, history_length=3, seed=seed)) for seed in (0, 1))
+    with pytest.raises(ConfigError, match="BayesReference knows another world"):
+        other.evaluate(BayesReference(one), 3)

@@ -797,6 +797,7 @@ ILLEGAL: list[tuple[str, object]] = [
     ("n_titles", 0),
     ("n_titles", -5),
     ("n_titles", 1),
+    ("n_titles", 99_999_999_999),
     ("n_titles", 10.0),
     ("n_titles", "100"),
     ("n_titles", True),
@@ -849,6 +850,7 @@ ILLEGAL: list[tuple[str, object]] = [
     ("sampler", "alias"),
     ("sampler", []),
     ("population_drift", -1.0),
+    ("population_drift", 1e200),
     ("population_drift", math.inf),
 ]
 

@@ -598,3 +598,9 @@ def test_it_learns_what_is_obvious(name: str, obvious: dict[str, float]) -> None
 def test_imitation_alone_does_not_learn_it(obvious: dict[str, float]) -> None:
     assert obvious["Random"] < obvious["BC"] < obvious["Random"] + 0.5
     assert obvious["Pretrained"] == pytest.approx(obvious["BC"], abs=0.3)
+
+
+@pytest.mark.parametrize("name", [n for n, kind in AGENTS.items() if not kind.referee and n != "Random"])
+def test_an_agent_that_has_not_learned_says_so(name: str, world: World) -> None:
+    with pytest.raises(PolicyError, match=f"{name} is not fitted yet; call fit\\(log, backbone"):
+        world.evaluate(AGENTS[name](), 3)
