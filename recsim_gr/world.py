@@ -17,7 +17,8 @@ from recsim_gr.randomness import generator, uniforms
 from recsim_gr.world_base import USERS_PER_SPLIT, WorldBase, products, require_integers
 
 MOST_TITLES = 10_000_000
-"""Ten times the largest catalogues that are sold; their tables take gigabytes."""
+"""A hundred times what throughput is measured at: traits and appeals of so many titles take a gigabyte (10⁷ × (8 + 4)
+numbers of 8 bytes), and more would end in a lack of memory."""
 
 STEEPEST_PULL_IN_FLOAT32, HIGHEST_APPEAL_IN_FLOAT32, FARTHEST_DRIFT_IN_FLOAT32 = 4.0, 24.0, 16.0
 """Large catalogues are weighed in float32 up to here: pulls rarely exceed 5 deviations, so utilities stay below about
