@@ -14,12 +14,13 @@ from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, masked_mean, normalised, register
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
+from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
+from recsim_gr.prefixes import chosen_log_probs, prefix_logits
 from recsim_gr.rewards import RewardTable
-from recsim_gr.training import Batch, HistorySource, chosen_log_probs, prefix_logits
 
 ADVANTAGES = ("model", "score", "blend")
 BASELINES = ("policy", "user", "batch")
@@ -86,7 +87,7 @@ class ASFT(BackboneAgent):
         problem.extra["advantages"] = torch.cat(advantages)
         return problem
 
-    def batch_loss(self, policy: HSTU, batch: Batch, problem: Problem) -> Tensor:
+    def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         advantages = problem.extra["advantages"][batch.rows]
         if self.config.baseline == "batch":
             advantages = advantages - masked_mean(advantages, batch)
@@ -95,7 +96,7 @@ class ASFT(BackboneAgent):
         return masked_mean(weighted_bc_loss(log_probs, normalised(weights, batch)), batch)
 
     @torch.no_grad()
-    def _advantages(self, batch: Batch, table: RewardTable, reference: HSTU) -> Tensor:
+    def _advantages(self, batch: Batch, table: RewardTable, reference: Backbone) -> Tensor:
         """(B, T): Â of the logged titles; the same all through a run, so worked out once."""
         predicted = table.mean(batch.rows)  # (B, T, I)
         titles = batch.titles.clamp(max=predicted.shape[-1] - 1).unsqueeze(-1)

@@ -15,22 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recsim_gr import configs
-from recsim_gr.backbone import HSTU, HSTUConfig, TitleMetadata
+from recsim_gr.backbones import Backbone, build_backbone
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
 from recsim_gr.files import atomic_path, read_json, write_json
+from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
 from recsim_gr.rewards import RewardEnsemble, RewardTable
-from recsim_gr.training import (
-    Batch,
-    HistorySource,
-    TrainingConfig,
-    TrainingRecord,
-    histories_of,
-    split_logs,
-    tensors,
-    train,
-)
+from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
 AfterCheck = Callable[[int, float], None]
 
@@ -140,7 +132,7 @@ class Agent(ABC):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,
@@ -255,9 +247,9 @@ class BackboneAgent(Agent):
     """
 
     config_type = FineTuningConfig
-    policy: HSTU
+    policy: Backbone
 
-    def batch_loss(self, policy: HSTU, batch: Batch, problem: "Problem") -> Tensor:
+    def batch_loss(self, policy: Backbone, batch: Batch, problem: "Problem") -> Tensor:
         """The mean loss of a batch, a scalar."""
         raise TypeError(f"{self.name} has no loss; an agent that learns must say what it minimises")
 
@@ -269,7 +261,7 @@ class BackboneAgent(Agent):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,
@@ -301,7 +293,7 @@ class BackboneAgent(Agent):
         return self.policy.state_dict()
 
     def shape(self) -> dict[str, Any]:
-        return backbone_shape(self.policy)
+        return self.policy.shape()
 
     def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
         self.policy = build_backbone(shape)
@@ -319,7 +311,7 @@ class Parts:
         seed, purpose: of what a problem draws.
     """
 
-    reference: HSTU
+    reference: Backbone
     rewards: RewardEnsemble | None
     seed: int = 0
     purpose: str = ""
@@ -337,12 +329,12 @@ class Problem:
     """
 
     histories: HistorySource
-    reference: HSTU
+    reference: Backbone
     table: RewardTable | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def required_parts(agent: Agent, log: AnyLog, backbone: HSTU | None, rewards: RewardEnsemble | None) -> Parts:
+def required_parts(agent: Agent, log: AnyLog, backbone: Backbone | None, rewards: RewardEnsemble | None) -> Parts:
     """The backbone, frozen, and the ensemble.
 
     Raises:
@@ -400,21 +392,7 @@ def last_logits(
     return torch.cat(parts)
 
 
-def backbone_log_probs(backbone: HSTU, observations: Observations) -> NDArray[np.float32]:
+def backbone_log_probs(backbone: Backbone, observations: Observations) -> NDArray[np.float32]:
     """(n, I) log-softmax of a backbone's logits over the titles that can be chosen."""
     logits = last_logits(lambda *history: backbone.logits(backbone.encode_last(*history)), observations)
     return torch.log_softmax(logits, dim=-1).numpy()
-
-
-def backbone_shape(backbone: HSTU) -> dict[str, Any]:
-    """What `build_backbone` needs."""
-    genres = None if backbone.metadata is None else backbone.metadata.n_genres
-    return {"n_titles": backbone.n_titles, "backbone": configs.to_dict(backbone.config), "genres": genres}
-
-
-def build_backbone(shape: dict[str, Any]) -> HSTU:
-    """An untrained backbone of a saved shape."""
-    config, n_titles = configs.from_dict(HSTUConfig, shape["backbone"]), int(shape["n_titles"])
-    if shape["genres"] is None:
-        return HSTU(config, n_titles)
-    return HSTU(config, n_titles, TitleMetadata.empty(n_titles, int(shape["genres"]), config))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, not_fitted, register, required_parts
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.observations import Observations
 from recsim_gr.randomness import generator
@@ -52,7 +52,7 @@ class Popularity(Agent):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,
@@ -83,7 +83,7 @@ class Pretrained(BackboneAgent):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,

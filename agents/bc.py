@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, Problem, masked_mean, register
-from recsim_gr.backbone import HSTU
-from recsim_gr.training import Batch, chosen_log_probs, prefix_logits
+from recsim_gr.backbones import Backbone
+from recsim_gr.histories import Batch
+from recsim_gr.prefixes import chosen_log_probs, prefix_logits
 
 
 def bc_loss(log_probs: Tensor) -> Tensor:
@@ -24,5 +25,5 @@ class BC(BackboneAgent):
 
     name = "BC"
 
-    def batch_loss(self, policy: HSTU, batch: Batch, problem: Problem) -> Tensor:
+    def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         return masked_mean(bc_loss(chosen_log_probs(prefix_logits(policy, batch), batch)), batch)

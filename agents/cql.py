@@ -16,8 +16,6 @@ from recsim_gr.agents.base import (
     AfterCheck,
     Agent,
     FineTuningConfig,
-    backbone_shape,
-    build_backbone,
     fit_record,
     last_logits,
     masked_mean,
@@ -25,13 +23,15 @@ from recsim_gr.agents.base import (
     register,
     required_parts,
 )
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone, build_backbone
 from recsim_gr.configs import require
+from recsim_gr.histories import Batch, histories_of, split_logs
 from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
+from recsim_gr.prefixes import prefix_mask, prefix_states
 from recsim_gr.randomness import derived_seed
 from recsim_gr.rewards import RewardEnsemble, Scorer
-from recsim_gr.training import Batch, histories_of, prefix_mask, prefix_states, split_logs, train
+from recsim_gr.training import train
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CQL(Agent):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,
@@ -118,7 +118,7 @@ class CQL(Agent):
         return self.q_function.state_dict()
 
     def shape(self) -> dict[str, Any]:
-        return backbone_shape(self.q_function.backbone)
+        return self.q_function.backbone.shape()
 
     def restore(self, shape: dict[str, Any], state: dict[str, Tensor]) -> None:
         self.q_function = Scorer(build_backbone(shape), 0.0)

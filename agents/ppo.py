@@ -18,13 +18,15 @@ from torch import Tensor
 import recsim_gr  # noqa: F401  (registers RewardModel-v0)
 from recsim_gr.agents.base import AfterCheck, BackboneAgent, FineTuningConfig, FitRecord, register, required_parts
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, masked_log_probs
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
 from recsim_gr.errors import TrainingError
+from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs
 from recsim_gr.log import AnyLog
+from recsim_gr.prefixes import prefix_logits
 from recsim_gr.randomness import derived_seed
 from recsim_gr.rewards import RewardEnsemble, RewardTable
-from recsim_gr.training import Batch, HistorySource, TrainingRecord, histories_of, prefix_logits, split_logs
+from recsim_gr.training import TrainingRecord
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class PPO(BackboneAgent):
     def fit(
         self,
         log: AnyLog,
-        backbone: HSTU | None = None,
+        backbone: Backbone | None = None,
         rewards: RewardEnsemble | None = None,
         validation: AnyLog | None = None,
         seed: int = 0,
@@ -97,7 +99,7 @@ class PPO(BackboneAgent):
         held_out, table = histories_of(held_out_log), rewards.on(held_out_log)
         with contained_randomness():
             learner = self._learner(train_log, reference, rewards, seed)
-            policy: HSTU = learner.policy.backbone  # type: ignore[assignment]
+            policy: Backbone = learner.policy.backbone  # type: ignore[assignment]
             watch = _Watch(
                 self.config,
                 reference,
@@ -113,7 +115,7 @@ class PPO(BackboneAgent):
         self.record = FitRecord(steps, watch.record.best_step, self.config.rollouts * self.config.rollout)
         return self
 
-    def _learner(self, log: AnyLog, reference: HSTU, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
+    def _learner(self, log: AnyLog, reference: Backbone, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
         config = self.config
         envs = gym.make_vec("recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log)
         return StableBaselinesPPO(
@@ -141,7 +143,7 @@ def release_of(log: AnyLog) -> Tensor | None:
 
 @torch.no_grad()
 def penalised_reward(
-    policy: HSTU, reference: HSTU, histories: HistorySource, table: RewardTable, kl_weight: float
+    policy: Backbone, reference: Backbone, histories: HistorySource, table: RewardTable, kl_weight: float
 ) -> float:
     """E_x[Σ_a π(a|x)·r̂(x,a) − λ·KL(π ‖ π_ref)] over all prefixes of a log: what PPO climbs, exact over actions."""
     total, events = 0.0, 0
@@ -151,7 +153,7 @@ def penalised_reward(
     return total / events
 
 
-def _penalised(policy: HSTU, reference: HSTU, batch: Batch, table: RewardTable, kl_weight: float) -> Tensor:
+def _penalised(policy: Backbone, reference: Backbone, batch: Batch, table: RewardTable, kl_weight: float) -> Tensor:
     """(B, T)."""
     own = torch.log_softmax(prefix_logits(policy, batch), dim=-1)
     ref = torch.log_softmax(prefix_logits(reference, batch), dim=-1)
@@ -165,7 +167,7 @@ class _Watch(BaseCallback):
     def __init__(
         self,
         config: PPOConfig,
-        reference: HSTU,
+        reference: Backbone,
         objective: Callable[[], float],
         after_check: AfterCheck | None,
     ) -> None:

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, Problem, masked_mean, normalised, register
-from recsim_gr.backbone import HSTU
-from recsim_gr.training import Batch, chosen_log_probs, prefix_logits
+from recsim_gr.backbones import Backbone
+from recsim_gr.histories import Batch
+from recsim_gr.prefixes import chosen_log_probs, prefix_logits
 
 
 def weighted_bc_loss(log_probs: Tensor, weights: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ class RewardWeightedBC(BackboneAgent):
     name = "RewardWeightedBC"
     uses_rewards = True
 
-    def batch_loss(self, policy: HSTU, batch: Batch, problem: Problem) -> Tensor:
+    def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         weights = normalised(batch.scores.clamp(min=0.0), batch)
         log_probs = chosen_log_probs(prefix_logits(policy, batch), batch)
         return masked_mean(weighted_bc_loss(log_probs, weights), batch)

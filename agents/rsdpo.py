@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, register
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
+from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
+from recsim_gr.prefixes import prefix_logits
 from recsim_gr.randomness import derived_seed
-from recsim_gr.training import Batch, HistorySource, prefix_logits
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class RSDPO(BackboneAgent):
             problem.extra[name] = torch.cat([part[name] for part in pairs])
         return problem
 
-    def batch_loss(self, policy: HSTU, batch: Batch, problem: Problem) -> Tensor:
+    def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         extra = {name: value[batch.rows] for name, value in problem.extra.items()}
         logits = prefix_logits(policy, batch)  # log π up to a constant, which cancels between winner and loser
         chosen = logits.gather(-1, extra["titles"])  # (B, T, 2)

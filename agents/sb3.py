@@ -16,8 +16,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from recsim_gr.backbone import HSTU
-from recsim_gr.training import MASKED
+from recsim_gr.backbones import Backbone
+from recsim_gr.prefixes import MASKED
 
 
 class BatchedVecEnv(VecEnv):
@@ -102,7 +102,7 @@ class BackbonePolicy(ActorCriticPolicy):
         observation_space: gym.spaces.Space,
         action_space: gym.spaces.Space,
         lr_schedule: Schedule,
-        backbone: HSTU,
+        backbone: Backbone,
         release: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
@@ -156,7 +156,7 @@ class BackbonePolicy(ActorCriticPolicy):
 
 
 def masked_log_probs(
-    backbone: HSTU, state: Tensor, titles: Tensor, epoch: Tensor, release: Tensor | None = None
+    backbone: Backbone, state: Tensor, titles: Tensor, epoch: Tensor, release: Tensor | None = None
 ) -> Tensor:
     """(n, I) log π over the titles that can be chosen; about `MASKED` for others, whose probability is exactly 0.
 

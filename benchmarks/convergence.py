@@ -19,9 +19,11 @@ from recsim_gr.benchmarks.experiment import (
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.errors import RunDirectoryError
 from recsim_gr.files import write_text
-from recsim_gr.pretraining import negative_log_likelihood, pretrain_with_record
+from recsim_gr.histories import Histories
+from recsim_gr.prefixes import negative_log_likelihood
+from recsim_gr.pretraining import pretrain_with_record
 from recsim_gr.rewards import fit_reward_ensemble, mean_squared_error
-from recsim_gr.training import Histories, TrainingConfig
+from recsim_gr.training import TrainingConfig
 
 TIMES = 10
 """How many times as long the long run is."""

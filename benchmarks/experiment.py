@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from recsim_gr import configs
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import BackboneConfig, HSTUConfig, new_backbone
 from recsim_gr.behaviour import BehaviourConfig
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError
+from recsim_gr.histories import Histories
 from recsim_gr.log import InteractionLog
 from recsim_gr.noise import NOISE_MODELS
-from recsim_gr.pretraining import PRETRAINING, imitation_loss
+from recsim_gr.prefixes import imitation_loss
+from recsim_gr.pretraining import PRETRAINING
 from recsim_gr.replay import ReplayConfig, ReplayWorld, load_matrix
 from recsim_gr.rewards import RewardEnsembleConfig
-from recsim_gr.training import Histories, TrainingConfig, train
+from recsim_gr.training import TrainingConfig, train
 from recsim_gr.world import World, WorldConfig
 from recsim_gr.world_base import USERS_PER_CONTEXT_SEED, WorldBase
 
@@ -53,7 +55,7 @@ class ExperimentConfig:
     """A standard error of about 0.015 of a top-ten value, far less of a paired difference."""
     rollout_contexts: int = 400
     """For the three-step returns, which cost six times a plain evaluation."""
-    backbone: HSTUConfig = field(default_factory=lambda: HSTUConfig(n_layers=1, dropout=0.1))
+    backbone: BackboneConfig = field(default_factory=lambda: HSTUConfig(n_layers=1, dropout=0.1))
     """One layer, for the budget of a cell; suite ``convergence`` says how far the likelihood is from its best."""
     pretraining: TrainingConfig = PRETRAINING
     rewards: RewardEnsembleConfig = field(default_factory=RewardEnsembleConfig)
@@ -187,8 +189,7 @@ def seconds_per_step(config: ExperimentConfig, steps: int = 20) -> float:
     """Wall seconds of a gradient step of imitation at this config's sizes, measured here and now."""
     world = build_world(config, config.noise_levels[0], config.seeds[0])
     histories = Histories(world.generate_log(world.at_most("train", 200)))
-    shape = HSTUConfig(**{**configs.to_dict(config.backbone), "max_length": histories.longest})
-    backbone = HSTU(shape, world.n_titles)
+    backbone = new_backbone(replace(config.backbone, max_length=histories.longest), world.n_titles)
     schedule = TrainingConfig(steps=steps, checks=1)
     for _ in range(2):  # the first run pays for warming up
         start = time.perf_counter()

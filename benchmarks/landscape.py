@@ -10,7 +10,7 @@ import torch
 
 from recsim_gr import __version__, configs
 from recsim_gr.agents import AGENTS, Agent, agent_type
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.benchmarks.experiment import (
     ExperimentConfig,
     Logs,
@@ -22,9 +22,11 @@ from recsim_gr.benchmarks.experiment import (
 from recsim_gr.benchmarks.report import checks_of, read_run, write_report
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
+from recsim_gr.histories import Histories
 from recsim_gr.metrics import signed_squared_correlation
 from recsim_gr.observations import Contexts
-from recsim_gr.pretraining import negative_log_likelihood, pretrain
+from recsim_gr.prefixes import negative_log_likelihood
+from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import (
     RewardEnsemble,
     RewardEnsembleConfig,
@@ -34,7 +36,7 @@ from recsim_gr.rewards import (
     user_mean_baseline,
 )
 from recsim_gr.scoring import Examination
-from recsim_gr.training import Histories, TrainingConfig
+from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
 
 
@@ -191,7 +193,7 @@ class Laboratory:
         self.logs = Logs.of(self.world, config)
         held_out = self.logs.validation
         notify(0.01, "pretraining")
-        self.backbone: HSTU = pretrain(self.logs.train, config.backbone, config.pretraining, held_out, seed=seed)
+        self.backbone: Backbone = pretrain(self.logs.train, config.backbone, config.pretraining, held_out, seed=seed)
         notify(0.2, "rewards")
         self.rewards: RewardEnsemble = fit_reward_ensemble(
             self.logs.train, self.backbone, config.rewards, held_out, seed=seed

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from recsim_gr.backbone import HSTUConfig
+from recsim_gr.backbones import HSTUConfig
 from recsim_gr.envs.bandit import (
     Bandit,
     BanditEnv,

@@ -10,7 +10,7 @@ from recsim_gr._registration import register_environments
 
 if TYPE_CHECKING:
     from recsim_gr import agents, benchmarks, envs
-    from recsim_gr.backbone import HSTU, HSTUConfig
+    from recsim_gr.backbones import HSTU, HSTUConfig
     from recsim_gr.bayes import BayesReference
     from recsim_gr.bayes_sampler import BayesConfig
     from recsim_gr.estimators import Estimate, estimate
@@ -29,8 +29,9 @@ __version__ = "0.1.0"
 _HOME = {
     "BayesReference": "bayes",
     "BayesConfig": "bayes_sampler",
-    "HSTU": "backbone",
-    "HSTUConfig": "backbone",
+    "BackboneConfig": "backbones",
+    "HSTU": "backbones",
+    "HSTUConfig": "backbones",
     "Estimate": "estimators",
     "estimate": "estimators",
     "InteractionLog": "log",
@@ -58,6 +59,7 @@ _PACKAGES = ("agents", "benchmarks", "envs")
 
 __all__ = [
     "HSTU",
+    "BackboneConfig",
     "BayesConfig",
     "BayesReference",
     "Contexts",

@@ -78,18 +78,17 @@ class Histories(HistorySource):
     """A log as tensors, a row a user.
 
     Args:
-        log: anything but an empty one.
+        log: anything but an empty one; or its histories as observations, which is what real sequences come as.
 
     Raises:
         ConfigError: the log is empty, or in shards.
     """
 
-    def __init__(self, log: InteractionLog) -> None:
+    def __init__(self, log: InteractionLog | Observations) -> None:
         if len(log) == 0:
             raise ConfigError("the log is empty; generate_log(n_users=...) makes one with events")
-        self.observations = log.sequences()
+        self.observations = obs = log if isinstance(log, Observations) else log.sequences()
         self.n_titles = log.n_titles
-        obs = self.observations
         self.titles, self.scores, self.times = tensors(obs)
         self.valid = torch.arange(self.titles.shape[1]) < torch.from_numpy(obs.length)[:, None]
 

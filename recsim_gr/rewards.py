@@ -21,25 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError
+from recsim_gr.histories import Batch, Histories, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog, InteractionLog, ShardedLog
 from recsim_gr.observations import Observations
-from recsim_gr.pretraining import imitation_loss
+from recsim_gr.prefixes import imitation_loss, prefix_states
 from recsim_gr.randomness import derived_seed
-from recsim_gr.training import (
-    Batch,
-    Histories,
-    HistorySource,
-    TrainingConfig,
-    TrainingRecord,
-    histories_of,
-    prefix_states,
-    split_logs,
-    tensors,
-    train,
-)
+from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
 EMBEDDING_SCALE = 5.0
 """Length of the title embeddings in the head: W then starts and stays near 1 where predictions differ by a few
@@ -89,17 +79,17 @@ class ScoreHead(nn.Module):
         """(..., d) states to (..., d + 1): what `title_side` is multiplied with."""
         return torch.cat([states @ self.mix, (self.mean + states @ self.user).unsqueeze(-1)], dim=-1)
 
-    def title_side(self, backbone: HSTU) -> tuple[Tensor, Tensor]:
+    def title_side(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
         """(I, d + 1) vectors and (I,) biases of the titles."""
         vectors = nn.functional.normalize(backbone.title_vectors(), dim=-1) * EMBEDDING_SCALE
         return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1), self.title
 
-    def all_titles(self, states: Tensor, backbone: HSTU) -> Tensor:
+    def all_titles(self, states: Tensor, backbone: Backbone) -> Tensor:
         """(..., I): the score of every title."""
         vectors, biases = self.title_side(backbone)
         return self.state_side(states) @ vectors.T + biases
 
-    def at(self, states: Tensor, titles: Tensor, backbone: HSTU) -> Tensor:
+    def at(self, states: Tensor, titles: Tensor, backbone: Backbone) -> Tensor:
         """(B, T): the score of one title a state; padding (index I) scores as title 0 and must be masked."""
         vectors, biases = self.title_side(backbone)
         titles = titles.clamp(max=len(biases) - 1)
@@ -109,7 +99,7 @@ class ScoreHead(nn.Module):
 class Scorer(nn.Module):
     """A backbone with a head: a member of the ensemble, and the Q function of `CQL`."""
 
-    def __init__(self, backbone: HSTU, mean: float) -> None:
+    def __init__(self, backbone: Backbone, mean: float) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         self.head = ScoreHead(backbone.config.dimensions, backbone.n_titles, mean)
@@ -233,7 +223,7 @@ class RewardTable:
 
 def fit_reward_ensemble(
     log: AnyLog,
-    backbone: HSTU,
+    backbone: Backbone,
     config: RewardEnsembleConfig | None = None,
     validation: AnyLog | None = None,
     seed: int = 0,
@@ -258,8 +248,9 @@ def fit_reward_ensemble(
     """
     config = config or RewardEnsembleConfig()
     if backbone.n_titles != log.n_titles:
+        kind = type(backbone).__name__
         raise ConfigError(
-            f"the log has {log.n_titles} titles and the HSTU {backbone.n_titles}; pretrain it on this log"
+            f"the log has {log.n_titles} titles and the {kind} {backbone.n_titles}; pretrain it on this log"
         )
     histories, held_out = (histories_of(part) for part in split_logs(log, validation))
     members, records = [], []
@@ -272,7 +263,7 @@ def fit_reward_ensemble(
     return RewardEnsemble(members, records)
 
 
-def squared_error(head: ScoreHead, backbone: HSTU, states: Tensor, batch: Batch) -> Tensor:
+def squared_error(head: ScoreHead, backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
     """Mean (r̂ − r)² over the events of a batch, a scalar."""
     errors = (head.at(states, batch.titles, backbone) - batch.scores) ** 2
     return (errors * batch.valid).sum() / batch.valid.sum()

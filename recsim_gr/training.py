@@ -9,25 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsim_gr.backbone import HSTU
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import TrainingError
-from recsim_gr.histories import (
-    Batch,
-    Histories,
-    HistorySource,
-    ShardedHistories,
-    histories_of,
-    split_logs,
-    tensors,
-)
+from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.randomness import derived_seed, generator
-
-MASKED = -1e9
-"""Added to the logits of titles that are seen or not out yet: exp of it is exactly 0 in float32, its gradient too."""
 
 
 @dataclass(frozen=True)
@@ -91,38 +78,6 @@ class TrainingRecord:
             self.best_step, self.best_objective = step, objective
             return True
         return False
-
-
-def prefix_states(backbone: HSTU, batch: Batch) -> Tensor:
-    """(B, T, d): the state before each event; every prefix of every history is one context."""
-    return backbone.encode(batch.titles[:, :-1], batch.scores[:, :-1], batch.times[:, :-1])
-
-
-def prefix_mask(batch: Batch, n_titles: int) -> Tensor:
-    """(B, T, I) float32: `MASKED` where a title stands among the first t events or is not out yet, 0 elsewhere."""
-    titles, steps = batch.titles, batch.titles.shape[1]
-    order = torch.arange(steps, dtype=torch.float32)
-    seen_at = torch.full((len(titles), n_titles + 1), float(steps))
-    seen_at.scatter_(1, titles, order.expand(titles.shape))
-    # t - seen_at is 1 or more where a title was seen before t; arithmetic on floats in place is twelve times as fast
-    # here as a comparison of integers that broadcasts
-    mask = (order[:, None] - seen_at[:, None, :n_titles]).clamp_(0.0, 1.0).mul_(MASKED)
-    return mask if batch.unreleased is None else mask.masked_fill_(batch.unreleased[:, None], MASKED)
-
-
-def prefix_logits(backbone: HSTU, batch: Batch, states: Tensor | None = None) -> Tensor:
-    """(B, T, I): logits of every title before each event, `MASKED` where seen or not out yet."""
-    states = prefix_states(backbone, batch) if states is None else states
-    mask = prefix_mask(batch, backbone.n_titles)
-    # one flat product, which adds the mask in its own pass over memory
-    flat = torch.addmm(mask.flatten(0, 1), states.flatten(0, 1), backbone.title_directions().T)
-    return flat.view(mask.shape)
-
-
-def chosen_log_probs(logits: Tensor, batch: Batch) -> Tensor:
-    """(B, T): log π of the title chosen at each event; 0 on padding."""
-    targets = batch.titles.masked_fill(~batch.valid, -100)
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def train(
@@ -197,22 +152,3 @@ def _measure(module: nn.Module, objective: Callable[[], float], purpose: str, st
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-__all__ = [
-    "MASKED",
-    "Batch",
-    "Histories",
-    "HistorySource",
-    "ShardedHistories",
-    "TrainingConfig",
-    "TrainingRecord",
-    "chosen_log_probs",
-    "histories_of",
-    "prefix_logits",
-    "prefix_mask",
-    "prefix_states",
-    "split_logs",
-    "tensors",
-    "train",
-]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsim_gr.backbone import HSTU, TIME_BUCKETS, HSTUConfig
+from recsim_gr.backbones import HSTU, HSTUConfig
+from recsim_gr.backbones.hstu import TIME_BUCKETS
 from recsim_gr.errors import ConfigError
 
 FloatArray = NDArray[np.float64]

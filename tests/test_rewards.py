@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
 from recsim_gr.errors import ConfigError
+from recsim_gr.histories import Histories, HistorySource
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
+from recsim_gr.prefixes import prefix_states
 from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import (
     EMBEDDING_SCALE,
@@ -29,7 +31,7 @@ from recsim_gr.rewards import (
     title_mean_baseline,
     user_mean_baseline,
 )
-from recsim_gr.training import Histories, HistorySource, TrainingConfig, TrainingRecord, prefix_states
+from recsim_gr.training import TrainingConfig, TrainingRecord
 from recsim_gr.world import World, WorldConfig
 
 SHORT = TrainingConfig(steps=10, batch_users=16, warmup_steps=2, checks=2)
@@ -87,7 +89,7 @@ def log() -> InteractionLog:
 
 
 @pytest.fixture(scope="module")
-def backbone(log: InteractionLog) -> HSTU:
+def backbone(log: InteractionLog) -> Backbone:
     return pretrain(log, SMALL, SHORT)
 
 

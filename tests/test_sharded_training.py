@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from recsim_gr import agents, generation
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
 from recsim_gr.errors import ConfigError
 from recsim_gr.generation import Plan, generate
 from recsim_gr.histories import WINDOW_PARTS, Batch, Histories, ShardedHistories, histories_of, split_logs
 from recsim_gr.log import InteractionLog, ShardedLog
-from recsim_gr.pretraining import negative_log_likelihood, pretrain, pretrain_with_record
+from recsim_gr.prefixes import negative_log_likelihood
+from recsim_gr.pretraining import pretrain, pretrain_with_record
 from recsim_gr.randomness import generator
 from recsim_gr.rewards import RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.training import TrainingConfig
@@ -38,7 +39,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ShardedLog:
 
 
 @pytest.fixture(scope="module")
-def backbone(log: ShardedLog) -> HSTU:
+def backbone(log: ShardedLog) -> Backbone:
     return pretrain(log, TINY, SHORT)
 
 

@@ -13,22 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import ConfigError, TrainingError
+from recsim_gr.histories import Batch, Histories, split_logs
 from recsim_gr.log import InteractionLog
-from recsim_gr.pretraining import imitation_loss, negative_log_likelihood, pretrain, pretrain_with_record
-from recsim_gr.training import (
-    Batch,
-    Histories,
-    TrainingConfig,
-    TrainingRecord,
+from recsim_gr.prefixes import (
     chosen_log_probs,
+    imitation_loss,
+    negative_log_likelihood,
     prefix_logits,
     prefix_mask,
     prefix_states,
-    split_logs,
-    train,
 )
+from recsim_gr.pretraining import pretrain, pretrain_with_record
+from recsim_gr.training import TrainingConfig, TrainingRecord, train
 from recsim_gr.world import World, WorldConfig
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)

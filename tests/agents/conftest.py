@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from recsim_gr.agents import AGENTS, Agent
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts
 from recsim_gr.pretraining import pretrain
@@ -50,7 +50,7 @@ def contexts(world: World) -> Contexts:
 
 
 @pytest.fixture(scope="session")
-def backbone(log: InteractionLog) -> HSTU:
+def backbone(log: InteractionLog) -> Backbone:
     steps = TrainingConfig(steps=60, batch_users=32, learning_rate=1e-2, warmup_steps=5, checks=2)
     return pretrain(log, HSTUConfig(dimensions=8, n_layers=1), steps)
 

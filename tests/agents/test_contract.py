@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recsim_gr import configs, histories, metrics
 from recsim_gr.agents import AGENTS, BC, PPO, Agent, BackboneAgent, agent_type, load_agent, register
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts, Observations

@@ -22,12 +22,13 @@ from recsim_gr.agents.cql import cql_loss
 from recsim_gr.agents.ppo import penalised_reward
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
 from recsim_gr.agents.rsdpo import disjoint, dpo_loss
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import HSTU
 from recsim_gr.errors import ConfigError
+from recsim_gr.histories import Batch, Histories
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts, Observations
+from recsim_gr.prefixes import prefix_mask
 from recsim_gr.rewards import RewardEnsemble
-from recsim_gr.training import Batch, Histories, prefix_mask
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 

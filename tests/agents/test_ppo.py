@@ -17,12 +17,13 @@ from recsim_gr.agents import PPO, Agent
 from recsim_gr.agents.base import backbone_log_probs
 from recsim_gr.agents.ppo import PPOConfig, _Watch, penalised_reward
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, inverse_cdf
-from recsim_gr.backbone import HSTU
+from recsim_gr.backbones import HSTU
 from recsim_gr.errors import TrainingError
+from recsim_gr.histories import Histories, split_logs
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
 from recsim_gr.rewards import RewardEnsemble
-from recsim_gr.training import Histories, TrainingConfig, split_logs
+from recsim_gr.training import TrainingConfig
 
 REWARD_MODEL = "recsim_gr/RewardModel-v0"
 

@@ -12,13 +12,15 @@ import torch
 from recsim_gr.agents import AGENTS, Agent, load_agent
 from recsim_gr.agents.ppo import release_of
 from recsim_gr.agents.sb3 import masked_log_probs
-from recsim_gr.backbone import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
+from recsim_gr.histories import Histories, tensors
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts
+from recsim_gr.prefixes import prefix_logits
 from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.scoring import COLD_METRICS
-from recsim_gr.training import Histories, TrainingConfig, prefix_logits, tensors
+from recsim_gr.training import TrainingConfig
 from recsim_gr.world import World, WorldConfig
 
 Make = Callable[..., Agent]
@@ -45,7 +47,7 @@ def cold_contexts(cold_world: World) -> Contexts:
 
 
 @pytest.fixture(scope="module")
-def cold_backbone(cold_log: InteractionLog) -> HSTU:
+def cold_backbone(cold_log: InteractionLog) -> Backbone:
     steps = TrainingConfig(steps=60, batch_users=32, learning_rate=1e-2, warmup_steps=5, checks=2)
     return pretrain(cold_log, HSTUConfig(dimensions=8, n_layers=1), steps)
 

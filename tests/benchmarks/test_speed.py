@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsim_gr.backbone import HSTU, HSTUConfig
-from recsim_gr.pretraining import imitation_loss
+from recsim_gr.backbones import HSTU, HSTUConfig
+from recsim_gr.histories import Histories
+from recsim_gr.prefixes import chosen_log_probs, imitation_loss, prefix_logits, prefix_mask, prefix_states
 from recsim_gr.rewards import Scorer, squared_error
-from recsim_gr.training import Histories, chosen_log_probs, prefix_logits, prefix_mask, prefix_states
 from recsim_gr.world import World, WorldConfig
 
 MEMBERS = 3
