@@ -20,7 +20,7 @@ from recsim_gr.errors import ConfigError
 from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import chosen_log_probs, prefix_logits
-from recsim_gr.rewards import RewardTable
+from recsim_gr.reward_tables import RewardTable
 
 ADVANTAGES = ("model", "score", "blend")
 BASELINES = ("policy", "user", "batch")

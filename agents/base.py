@@ -21,7 +21,8 @@ from recsim_gr.files import atomic_path, read_json, write_json
 from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
-from recsim_gr.rewards import RewardEnsemble, RewardTable
+from recsim_gr.reward_tables import RewardTable
+from recsim_gr.rewards import RewardEnsemble
 from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
 AfterCheck = Callable[[int, float], None]

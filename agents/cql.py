@@ -30,7 +30,8 @@ from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
 from recsim_gr.prefixes import prefix_mask, prefix_states
 from recsim_gr.randomness import derived_seed
-from recsim_gr.rewards import RewardEnsemble, Scorer
+from recsim_gr.reward_heads import Scorer
+from recsim_gr.rewards import RewardEnsemble
 from recsim_gr.training import train
 
 

@@ -25,7 +25,8 @@ from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_logits
 from recsim_gr.randomness import derived_seed
-from recsim_gr.rewards import RewardEnsemble, RewardTable
+from recsim_gr.reward_tables import RewardTable
+from recsim_gr.rewards import RewardEnsemble
 from recsim_gr.training import TrainingRecord
 
 

@@ -93,8 +93,7 @@ class RSDPO(BackboneAgent):
         assert problem.table is not None
         logits = prefix_logits(problem.reference, batch)
         titles = _draw(logits, self.config.candidates, seed)  # (B, T, K)
-        members = torch.stack([m.gather(-1, titles) for m in problem.table.members(batch.rows)])
-        mean, deviation = members.mean(dim=0), members.std(dim=0)
+        mean, deviation = problem.table.spread(batch.rows, titles)
         ends = torch.stack([mean.argmax(dim=-1), mean.argmin(dim=-1)], dim=-1)  # (B, T, 2)
         (m_w, m_l), (d_w, d_l) = mean.gather(-1, ends).unbind(-1), deviation.gather(-1, ends).unbind(-1)
         width = -self.config.interval if self.config.literal else self.config.interval

@@ -27,14 +27,8 @@ from recsim_gr.metrics import signed_squared_correlation
 from recsim_gr.observations import Contexts
 from recsim_gr.prefixes import negative_log_likelihood
 from recsim_gr.pretraining import pretrain
-from recsim_gr.rewards import (
-    RewardEnsemble,
-    RewardEnsembleConfig,
-    fit_reward_ensemble,
-    mean_squared_error,
-    title_mean_baseline,
-    user_mean_baseline,
-)
+from recsim_gr.reward_baselines import TitleMean, UserMean
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble, mean_squared_error
 from recsim_gr.scoring import Examination
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
@@ -232,9 +226,9 @@ class Laboratory:
         n_test = world.at_most("test", self.config.validation_users)
         test_log = world.generate_log(n_test, "test", expose_propensities=True)
         test = Histories(test_log)
-        mean = float(self.logs.train.score.mean())
-        errors_of_user_mean = (user_mean_baseline(test, mean) - test.scores)[test.valid]
-        by_title = title_mean_baseline(self.logs.train)
+        user, title = UserMean.fit(self.logs.train), TitleMean.fit(self.logs.train)
+        valid, scores = test.valid.numpy(), test.observations.scores
+        errors = {model: (model.mean_at(test) - scores)[valid] for model in (user, title)}
         truth = np.where(self.contexts.observations.unavailable(), np.nan, world.satisfaction(self.contexts.users))
         return {
             "alignment": world.alignment(),
@@ -242,10 +236,10 @@ class Laboratory:
             "nll_test": negative_log_likelihood(self.backbone, test),
             "nll_logging": float(-np.log(test_log.require_propensities()).mean()),
             "reward_rmse_test": float(np.sqrt(mean_squared_error(self.rewards.members, test))),
-            "reward_rmse_user_mean": float(errors_of_user_mean.square().mean().sqrt()),
-            "reward_rmse_title_mean": float(np.sqrt(np.mean((by_title[test_log.title] - test_log.score) ** 2))),
+            "reward_rmse_user_mean": float(np.sqrt(np.mean(errors[user] ** 2))),
+            "reward_rmse_title_mean": float(np.sqrt(np.mean(errors[title] ** 2))),
             "reward_truth_corr2": _within_user(self.rewards.mean(self.contexts.observations), truth),
-            "title_mean_truth_corr2": _within_user(np.tile(by_title, (len(truth), 1)), truth),
+            "title_mean_truth_corr2": _within_user(title.mean(self.contexts.observations), truth),
         }
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from recsim_gr.observations import Contexts, Observations
     from recsim_gr.pretraining import pretrain
     from recsim_gr.replay import ReplayConfig, ReplayWorld
-    from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
+    from recsim_gr.reward_baselines import Additive, TitleMean, UserMean
+    from recsim_gr.reward_truth import reward_calibration
+    from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble, load_reward_ensemble
     from recsim_gr.scoring import Evaluation, Examination, evaluate
     from recsim_gr.training import TrainingConfig
     from recsim_gr.world import World, WorldConfig
@@ -43,9 +45,14 @@ _HOME = {
     "pretrain": "pretraining",
     "ReplayConfig": "replay",
     "ReplayWorld": "replay",
+    "Additive": "reward_baselines",
+    "TitleMean": "reward_baselines",
+    "UserMean": "reward_baselines",
+    "reward_calibration": "reward_truth",
     "RewardEnsemble": "rewards",
     "RewardEnsembleConfig": "rewards",
     "fit_reward_ensemble": "rewards",
+    "load_reward_ensemble": "rewards",
     "Evaluation": "scoring",
     "Examination": "scoring",
     "evaluate": "scoring",
@@ -59,6 +66,7 @@ _PACKAGES = ("agents", "benchmarks", "envs")
 
 __all__ = [
     "HSTU",
+    "Additive",
     "BackboneConfig",
     "BayesConfig",
     "BayesReference",
@@ -75,7 +83,9 @@ __all__ = [
     "RewardEnsemble",
     "RewardEnsembleConfig",
     "ShardedLog",
+    "TitleMean",
     "TrainingConfig",
+    "UserMean",
     "World",
     "WorldConfig",
     "agents",
@@ -84,8 +94,10 @@ __all__ = [
     "estimate",
     "evaluate",
     "fit_reward_ensemble",
+    "load_reward_ensemble",
     "log_truth",
     "pretrain",
+    "reward_calibration",
 ]
 
 

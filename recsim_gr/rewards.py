@@ -1,47 +1,51 @@
-"""The reward model: a shallow head on the backbone, co-trained with imitation, and an ensemble of such members.
+"""The reward model: an ensemble of backbones with a shallow head each, co-trained with imitation.
 
-A member predicts the score of every title at once, from the state h after the history::
-
-    r̂(x, a) = m + u·h + b_a + ⟨W h, ê_a⟩
-
-with m the log's mean score, ê_a the backbone's own title embedding (length 1, scaled by 5 as its logits are by 20), so
-that what imitation learned about titles serves the reward. Its loss is the squared error of the logged scores plus
-``imitation_weight`` times the imitation loss (the study's co-training).
+The forms that a member can have are in `recsim_gr.reward_heads`. Its loss is the squared error of the logged scores
+plus ``imitation_weight`` times the imitation loss (the study's co-training).
 """
 
-import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from recsim_gr.backbones import Backbone
+from recsim_gr.backbones import Backbone, build_backbone
 from recsim_gr.configs import require, require_finite_numbers
-from recsim_gr.errors import ConfigError
+from recsim_gr.errors import CheckpointError, ConfigError, RecsimError
+from recsim_gr.files import atomic_path, read_json, write_json
 from recsim_gr.histories import Batch, Histories, HistorySource, histories_of, split_logs, tensors
-from recsim_gr.log import AnyLog, InteractionLog, ShardedLog
-from recsim_gr.observations import Observations
+from recsim_gr.log import AnyLog, InteractionLog
+from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
 from recsim_gr.prefixes import imitation_loss, prefix_states
 from recsim_gr.randomness import derived_seed
+from recsim_gr.reward_baselines import as_histories, asked
+from recsim_gr.reward_heads import FORMS, RewardMember
+from recsim_gr.reward_intervals import INTERVALS, Calibration, Interval, Prediction, mean_interval
+from recsim_gr.reward_tables import RewardTable, table_in_memory, table_on_disk
 from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
-EMBEDDING_SCALE = 5.0
-"""Length of the title embeddings in the head: W then starts and stays near 1 where predictions differ by a few
-points of the score."""
+NOISE_USERS = 128
+"""Training users whose residuals give the scale of the noise: some 2,500 events tell it to three percent, and a scale
+need be no better."""
 
 
 @dataclass(frozen=True)
 class RewardEnsembleConfig:
-    """How many members, and how they are trained."""
+    """How many members, what they are, and how they are trained."""
 
     members: int = 3
     """M: the fewest that give a deviation with more than one degree of freedom."""
+    form: str = "shallow"
+    """One of `reward_heads.FORMS`: ``shallow`` scores the whole catalogue by one product, ``appended`` is the study's
+    literal form and scores a title by a token of its own."""
     imitation_weight: float = 0.2
     """Of the imitation loss beside the squared error: the study co-trains the two, and at a fifth (a few nats against
     about a squared point) neither gradient drowns the other."""
@@ -53,88 +57,32 @@ class RewardEnsembleConfig:
     def __post_init__(self) -> None:
         require_finite_numbers(self)
         require(self.members >= 2, self, "members", "at least 2, since the spread is half of the answer")
+        require(self.form in FORMS, self, "form", f"one of {', '.join(FORMS)}")
         require(self.imitation_weight >= 0, self, "imitation_weight", "0 or more")
         require(self.head_rate > 0, self, "head_rate", "positive")
-
-
-class ScoreHead(nn.Module):
-    """Scores of all titles from a state of the backbone: the module docstring's formula.
-
-    Args:
-        dimensions: d.
-        n_titles: I.
-        mean: m, what a title scores before anything is learned.
-    """
-
-    mean: Tensor
-
-    def __init__(self, dimensions: int, n_titles: int, mean: float) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(float(mean)))
-        self.user = nn.Parameter(torch.zeros(dimensions))
-        self.title = nn.Parameter(torch.zeros(n_titles))
-        self.mix = nn.Parameter(torch.empty(dimensions, dimensions).normal_(std=0.1 / math.sqrt(dimensions)))
-
-    def state_side(self, states: Tensor) -> Tensor:
-        """(..., d) states to (..., d + 1): what `title_side` is multiplied with."""
-        return torch.cat([states @ self.mix, (self.mean + states @ self.user).unsqueeze(-1)], dim=-1)
-
-    def title_side(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
-        """(I, d + 1) vectors and (I,) biases of the titles."""
-        vectors = nn.functional.normalize(backbone.title_vectors(), dim=-1) * EMBEDDING_SCALE
-        return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1), self.title
-
-    def all_titles(self, states: Tensor, backbone: Backbone) -> Tensor:
-        """(..., I): the score of every title."""
-        vectors, biases = self.title_side(backbone)
-        return self.state_side(states) @ vectors.T + biases
-
-    def at(self, states: Tensor, titles: Tensor, backbone: Backbone) -> Tensor:
-        """(B, T): the score of one title a state; padding (index I) scores as title 0 and must be masked."""
-        vectors, biases = self.title_side(backbone)
-        titles = titles.clamp(max=len(biases) - 1)
-        return (self.state_side(states) * vectors[titles]).sum(-1) + biases[titles]
-
-
-class Scorer(nn.Module):
-    """A backbone with a head: a member of the ensemble, and the Q function of `CQL`."""
-
-    def __init__(self, backbone: Backbone, mean: float) -> None:
-        super().__init__()
-        self.backbone = copy.deepcopy(backbone)
-        self.head = ScoreHead(backbone.config.dimensions, backbone.n_titles, mean)
-
-    def forward(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
-        """(B, I): the score of every title after the whole history."""
-        state = self.backbone.encode_last(titles, scores, times)
-        return self.head.all_titles(state, self.backbone)
-
-    def groups(self, head_rate: float) -> list[dict[str, object]]:
-        """Optimiser groups with the head at ``head_rate`` times the rate of the backbone."""
-        return [
-            {"params": list(self.backbone.parameters())},
-            {"params": list(self.head.parameters()), "scale": head_rate},
-        ]
-
-
-class Prediction(NamedTuple):
-    """What the ensemble says of every title: (n, I) float32 each."""
-
-    mean: NDArray[np.float32]
-    deviation: NDArray[np.float32]
 
 
 class RewardEnsemble:
     """M fitted members.
 
     Args:
-        members: at least two scorers over one catalogue.
+        members: at least two, of one form and over one catalogue.
         records: how each was trained.
+        calibration: what intervals of a score go by, see `calibrate`.
+
+    Attributes:
+        tables_in: where `on` keeps tables; None keeps them in memory. Where agents are given a log in shards, set it.
     """
 
-    def __init__(self, members: list[Scorer], records: list[TrainingRecord]) -> None:
-        self.members, self.records = members, records
-        self._tables: WeakKeyDictionary[InteractionLog, RewardTable] = WeakKeyDictionary()
+    def __init__(
+        self,
+        members: Sequence[RewardMember],
+        records: Sequence[TrainingRecord],
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.members, self.records, self.calibration = list(members), list(records), calibration
+        self.tables_in: Path | None = None
+        self._tables: WeakKeyDictionary[Any, dict[Path | None, RewardTable]] = WeakKeyDictionary()
         for member in members:
             member.eval().requires_grad_(False)
 
@@ -143,82 +91,173 @@ class RewardEnsemble:
         """I."""
         return self.members[0].backbone.n_titles
 
+    @property
+    def form(self) -> str:
+        """Of the members."""
+        return self.members[0].form
+
     @torch.no_grad()
     def predict(self, observations: Observations, chunk: int = 512) -> Prediction:
-        """Mean and deviation over the members (M − 1 degrees of freedom), for every title, seen ones included."""
-        means, deviations = [], []
+        """Mean and deviation over the members, (n, I) each: for every title, seen ones included."""
+        device, parts = self.members[0].device, []
         for start in range(0, len(observations), chunk):
-            batch = tensors(observations[slice(start, start + chunk)])
-            scores = torch.stack([member(*batch) for member in self.members])
-            means.append(scores.mean(dim=0).numpy())
-            deviations.append(scores.std(dim=0).numpy())
-        return Prediction(np.concatenate(means), np.concatenate(deviations))
+            batch = [x.to(device) for x in tensors(observations[slice(start, start + chunk)])]
+            parts.append(_spread(torch.stack([member(*batch) for member in self.members])))
+        return _joined(parts)
 
     def mean(self, observations: Observations) -> NDArray[np.float32]:
         """(n, I): the ensemble's mean."""
         return self.predict(observations).mean
 
-    def on(self, log: AnyLog) -> "RewardTable":
-        """r̂ on every prefix of a log: computed once, shared by all agents.
-
-        Raises:
-            ConfigError: a log in shards, whose table would not fit in memory.
-        """
-        if isinstance(log, ShardedLog):
-            raise ConfigError(
-                "a table of r̂ on every prefix of a log is kept in memory: read() the log in shards first, or some of "
-                "its users, as in log.users(0, 10_000).read()"
-            )
-        if log not in self._tables:
-            self._tables[log] = RewardTable(self, Histories(log))
-        return self._tables[log]
-
-
-class RewardTable:
-    """r̂(x, ·) for every prefix x of a log, as two factors a member: U·L·M·(d + 1) numbers, not U·L·I.
-
-    Args:
-        ensemble: the members.
-        histories: the log.
-    """
-
     @torch.no_grad()
-    def __init__(self, ensemble: RewardEnsemble, histories: Histories) -> None:
-        states, vectors, biases = [], [], []
-        for member in ensemble.members:
-            parts = [member.head.state_side(prefix_states(member.backbone, b)) for b in histories.chunks()]
-            states.append(torch.cat(parts))
-            vector, bias = member.head.title_side(member.backbone)
-            vectors.append(vector)
-            biases.append(bias)
-        self.states = torch.stack(states)  # (M, U, L, d + 1)
-        self.vectors = torch.stack(vectors)  # (M, I, d + 1)
-        self.biases = torch.stack(biases)  # (M, I)
-
-    def members(self, rows: Tensor) -> Tensor:
-        """(M, B, L, I): every member's prediction on the prefixes of the users at ``rows``."""
-        states = self.states[:, rows]  # (M, B, L, d + 1)
-        flat = states.flatten(1, 2) @ self.vectors.transpose(1, 2) + self.biases[:, None]
-        return flat.view(*states.shape[:3], -1)
-
-    def mean(self, rows: Tensor) -> Tensor:
-        """(B, L, I): the ensemble's mean, in one product."""
-        states = self.states[:, rows].permute(1, 2, 0, 3).flatten(2)  # (B, L, M·(d + 1))
-        vectors = self.vectors.permute(1, 0, 2).flatten(1)  # (I, M·(d + 1))
-        return states @ (vectors.T / len(self.vectors)) + self.biases.mean(dim=0)
-
-    def at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(n,): the ensemble's mean for one title a context.
+    def at(self, histories: InteractionLog | Histories, titles: NDArray[np.int64] | None = None) -> Prediction:
+        """Mean and deviation, (U, L) each, of one title after each prefix: far cheaper than all titles.
 
         Args:
-            rows: (n,) users, as rows of ``log.sequences()``.
-            steps: (n,) how many events each has seen.
-            titles: (n,) the titles.
+            histories: U users of up to L events.
+            titles: (U, L) titles; by default those that were logged. What is said where a history has ended, or of
+                padding, means nothing.
         """
-        which = torch.from_numpy(np.asarray(titles))
-        states = self.states[:, torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(steps))]
-        scores = (states * self.vectors[:, which]).sum(-1) + self.biases[:, which]
-        return scores.mean(dim=0).numpy().astype(np.float32)
+        known = as_histories(histories)
+        which, parts = torch.from_numpy(asked(known, titles)), []
+        for batch in self.members[0].batches(known):
+            chosen = which[batch.rows.cpu()].to(batch.titles.device)
+            parts.append(_spread(torch.stack([member.at(batch, chosen) for member in self.members])))
+        return _joined(parts)
+
+    def mean_at(
+        self, histories: InteractionLog | Histories, titles: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """(U, L): the mean of `at`."""
+        return self.at(histories, titles).mean
+
+    # -- intervals ------------------------------------------------------------------------------------------------
+
+    def interval(self, observations: Observations, level: float = 0.9, of: str = "score") -> Interval:
+        """Ends of an interval a title, (n, I) each; `recsim_gr.reward_intervals` says what it promises.
+
+        Args:
+            observations: the contexts.
+            level: in (0, 1).
+            of: one observed ``score``, or the ``mean`` reward.
+
+        Raises:
+            ConfigError: another level or kind, or an ensemble that was never calibrated.
+        """
+        return self.around(self.predict(observations), level, of)
+
+    def around(self, prediction: Prediction, level: float = 0.9, of: str = "score") -> Interval:
+        """The interval about a prediction of this ensemble, of the prediction's shape; arguments as `interval`."""
+        if of not in INTERVALS:
+            raise ConfigError(f"no interval of {of!r}; there are {', '.join(INTERVALS)}")
+        if of == "mean":
+            return mean_interval(prediction, len(self.members), level)
+        if self.calibration is None:
+            raise ConfigError("the ensemble is not calibrated; call calibrate(log) with users it was not fitted to")
+        return self.calibration.interval(prediction, level)
+
+    def calibrate(self, log: AnyLog, noise: float | None = None) -> Self:
+        """Takes the residuals on these users for the intervals of a score.
+
+        Args:
+            log: users like those to come, who had no part in the fit.
+            noise: RMS of the residuals on training users; that of the last calibration, where there was one.
+
+        Raises:
+            ConfigError: an ensemble that was never calibrated, without ``noise``.
+        """
+        if noise is None:
+            if self.calibration is None:
+                raise ConfigError("calibrate(log, noise) needs the noise: the RMS of the residuals on training users")
+            noise = self.calibration.noise
+        bounds = (LOWEST_SCORE, HIGHEST_SCORE) if log.bounded_scores else None
+        user, residual, deviation = _residuals(self.members, self.members[0].batches(histories_of(log)))
+        self.calibration = Calibration(user, residual, deviation, noise, bounds)
+        return self
+
+    # -- tables ---------------------------------------------------------------------------------------------------
+
+    def on(self, log: AnyLog, directory: str | Path | None = None, verify: bool = True) -> RewardTable:
+        """r̂ on every prefix of a log: computed once, shared by all agents.
+
+        Args:
+            log: in memory; or in shards, where there is a directory.
+            directory: where the table is kept, or found if it was made before, by this process or another; then it is
+                opened by memory map. `tables_in` by default; without either it is kept in memory, as long as the log.
+            verify: whether the sha256 of the files is checked.
+
+        Raises:
+            ConfigError: a log in shards, or one too large for memory, without a directory.
+            CheckpointError: a table on disk that is damaged.
+            RunDirectoryError: a directory that cannot be written.
+        """
+        place = self.tables_in if directory is None else Path(directory)
+        tables = self._tables.setdefault(log, {})
+        if place not in tables:
+            made = table_in_memory(self.members, log) if place is None else None
+            tables[place] = made or table_on_disk(self.members, log, Path(place or ""), verify)
+        return tables[place]
+
+    # -- saving: JSON beside safetensors, never pickle ------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``rewards.json`` and ``rewards.safetensors`` into a directory.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        directory, state = Path(directory), {}
+        for m, member in enumerate(self.members):
+            state |= {f"members.{m}.{key}": value for key, value in member.state_dict().items()}
+        about: dict[str, Any] = {
+            "form": self.form,
+            "members": len(self.members),
+            "backbone": self.members[0].backbone.shape(),
+            "records": [vars(record) for record in self.records],
+            "calibration": None,
+        }
+        if self.calibration is not None:
+            about["calibration"] = {"noise": self.calibration.noise, "bounds": self.calibration.bounds}
+            columns = {name: getattr(self.calibration, name) for name in ("user", "residual", "deviation")}
+            state |= {f"calibration.{name}": torch.from_numpy(column) for name, column in columns.items()}
+        with atomic_path(directory / "rewards.safetensors") as temporary:
+            try:
+                save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, temporary)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+        write_json(directory / "rewards.json", about)
+
+
+def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
+    """Loads what `RewardEnsemble.save` wrote; runs no code from the files.
+
+    Raises:
+        CheckpointError: files that are missing, truncated or do not fit each other.
+    """
+    directory = Path(directory)
+    try:
+        about = read_json(directory / "rewards.json")
+        state = load_file(directory / "rewards.safetensors")
+        members = []
+        for m in range(int(about["members"])):
+            member = FORMS[about["form"]](build_backbone(about["backbone"]), 0.0)
+            member.load_state_dict(_under(f"members.{m}.", state))
+            members.append(member)
+        records = [_record(values) for values in about["records"]]
+        return RewardEnsemble(members, records, _calibration(about["calibration"], _under("calibration.", state)))
+    except (
+        RecsimError,
+        OSError,
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        message = f"{directory} holds no reward ensemble that can be loaded ({error}); save it again"
+        raise CheckpointError(message) from error
 
 
 def fit_reward_ensemble(
@@ -232,7 +271,7 @@ def fit_reward_ensemble(
     """Fits the ensemble; each member has its own head, its own resample of the users and its own batches.
 
     Members start from copies of the pretrained backbone, and part from each other by co-training. (So imitation
-    need not be learned again by each.)
+    need not be learned again by each.) Validation users calibrate the intervals of a score.
 
     Args:
         log: the scores to learn; a log in shards is read a few parts at a time, and each part is resampled by itself.
@@ -252,59 +291,48 @@ def fit_reward_ensemble(
         raise ConfigError(
             f"the log has {log.n_titles} titles and the {kind} {backbone.n_titles}; pretrain it on this log"
         )
-    histories, held_out = (histories_of(part) for part in split_logs(log, validation))
+    train_log, held_out_log = split_logs(log, validation)
+    histories, held_out = histories_of(train_log), histories_of(held_out_log)
     members, records = [], []
     for m in range(config.members):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, f"head {m}"))
-            member = Scorer(backbone, histories.mean_score)
+            member = FORMS[config.form](backbone, histories.mean_score)
         records.append(_fit_member(member, histories, held_out, config, seed, m, after_check))
         members.append(member)
-    return RewardEnsemble(members, records)
+    ensemble = RewardEnsemble(members, records)
+    some = [next(members[0].batches(histories, NOISE_USERS))]
+    _, residual, _ = _residuals(members, some)
+    return ensemble.calibrate(held_out_log, float(np.sqrt(np.mean(residual.astype(np.float64) ** 2))))
 
 
-def squared_error(head: ScoreHead, backbone: Backbone, states: Tensor, batch: Batch) -> Tensor:
-    """Mean (r̂ − r)² over the events of a batch, a scalar."""
-    errors = (head.at(states, batch.titles, backbone) - batch.scores) ** 2
-    return (errors * batch.valid).sum() / batch.valid.sum()
+def squared_error(predicted: Tensor, batch: Batch) -> Tensor:
+    """Mean (r̂ − r)² over the events of a batch, a scalar; (B, T) predictions."""
+    return (((predicted - batch.scores) ** 2) * batch.valid).sum() / batch.valid.sum()
+
+
+def member_loss(member: RewardMember, batch: Batch, imitation_weight: float) -> Tensor:
+    """Squared error of the logged scores plus ``imitation_weight`` times the imitation loss, a scalar."""
+    states = prefix_states(member.backbone, batch) if imitation_weight > 0 else None
+    error = squared_error(member.at(batch, batch.titles, states), batch)
+    if states is None:
+        return error
+    return error + imitation_weight * imitation_loss(member.backbone, batch, states)
 
 
 @torch.no_grad()
-def mean_squared_error(members: list[Scorer], histories: HistorySource) -> float:
+def mean_squared_error(members: Sequence[RewardMember], histories: HistorySource) -> float:
     """Mean (r̂ − r)² over all events of the histories, r̂ the mean of the members' predictions."""
     total, events = 0.0, 0
-    for batch in histories.chunks():
-        each = []
-        for member in members:
-            states = prefix_states(member.backbone, batch)
-            each.append(member.head.at(states, batch.titles, member.backbone))
-        errors = (torch.stack(each).mean(dim=0) - batch.scores) ** 2
-        total += (errors * batch.valid).sum().item()
+    for batch in members[0].batches(histories):
+        each = torch.stack([member.at(batch, batch.titles) for member in members])
+        total += (((each.mean(dim=0) - batch.scores) ** 2) * batch.valid).sum().item()
         events += int(batch.valid.sum())
     return total / events
 
 
-SHRINKAGE = 5.0
-"""Events' worth of the global mean in the two baselines: a user's first scores, or a rare title's, say little."""
-
-
-def user_mean_baseline(histories: Histories, mean: float) -> Tensor:
-    """(U, L): each user's own mean score before each event, shrunk to ``mean``; the study's first baseline."""
-    scores = histories.scores * histories.valid
-    before = torch.nn.functional.pad(scores.cumsum(dim=1), (1, 0))[:, :-1]
-    count = torch.arange(scores.shape[1], dtype=scores.dtype)
-    return (before + SHRINKAGE * mean) / (count + SHRINKAGE)
-
-
-def title_mean_baseline(log: InteractionLog) -> NDArray[np.float64]:
-    """(I,): each title's mean score over all users, shrunk to the global mean; the study's second baseline."""
-    count = np.bincount(log.title, minlength=log.n_titles)
-    total = np.bincount(log.title, weights=log.score.astype(np.float64), minlength=log.n_titles)
-    return (total + SHRINKAGE * float(log.score.mean())) / (count + SHRINKAGE)
-
-
 def _fit_member(
-    member: Scorer,
+    member: RewardMember,
     histories: HistorySource,
     held_out: HistorySource,
     config: RewardEnsembleConfig,
@@ -312,20 +340,13 @@ def _fit_member(
     index: int,
     after_check: Callable[[int, float], None] | None,
 ) -> TrainingRecord:
-    def loss(batch: Batch) -> Tensor:
-        states = prefix_states(member.backbone, batch)
-        error = squared_error(member.head, member.backbone, states, batch)
-        if config.imitation_weight == 0:
-            return error
-        return error + config.imitation_weight * imitation_loss(member.backbone, batch, states)
-
     def noted(step: int, objective: float) -> None:
         if after_check is not None:
             after_check(index * config.training.steps + step, objective)
 
     return train(
         member,
-        loss,
+        lambda batch: member_loss(member, batch, config.imitation_weight),
         lambda: mean_squared_error([member], held_out),
         histories.resampled(seed, f"resample {index}"),
         config.training,
@@ -336,14 +357,53 @@ def _fit_member(
     )
 
 
+@torch.no_grad()
+def _residuals(
+    members: Sequence[RewardMember], batches: Iterable[Batch]
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """(E,) each: the users of events, r − r̂, and the deviation over the members."""
+    users, residuals, deviations = [], [], []
+    for batch in batches:
+        mean, deviation = _spread(torch.stack([member.at(batch, batch.titles) for member in members]))
+        valid = batch.valid.cpu().numpy()
+        users.append(np.repeat(batch.rows.cpu().numpy(), valid.sum(axis=1)))
+        residuals.append((batch.scores.cpu().numpy() - mean)[valid])
+        deviations.append(deviation[valid])
+    return np.concatenate(users), np.concatenate(residuals), np.concatenate(deviations)
+
+
+def _spread(scores: Tensor) -> Prediction:
+    """(M, ...) to mean and deviation."""
+    return Prediction(scores.mean(dim=0).cpu().numpy(), scores.std(dim=0).cpu().numpy())
+
+
+def _joined(parts: Sequence[Prediction]) -> Prediction:
+    return Prediction(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _record(values: dict[str, Any]) -> TrainingRecord:
+    objectives = [(int(step), float(value)) for step, value in values["objectives"]]
+    return TrainingRecord(int(values["steps"]), int(values["best_step"]), float(values["best_objective"]), objectives)
+
+
+def _calibration(about: dict[str, Any] | None, columns: dict[str, Tensor]) -> Calibration | None:
+    if about is None:
+        return None
+    bounds = None if about["bounds"] is None else (float(about["bounds"][0]), float(about["bounds"][1]))
+    user, residual, deviation = (columns[name].numpy() for name in ("user", "residual", "deviation"))
+    return Calibration(user, residual, deviation, float(about["noise"]), bounds)
+
+
 __all__ = [
-    "Prediction",
     "RewardEnsemble",
     "RewardEnsembleConfig",
-    "RewardTable",
-    "ScoreHead",
-    "Scorer",
     "fit_reward_ensemble",
-    "title_mean_baseline",
-    "user_mean_baseline",
+    "load_reward_ensemble",
+    "mean_squared_error",
+    "member_loss",
+    "squared_error",
 ]

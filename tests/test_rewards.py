@@ -18,18 +18,14 @@ from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
 from recsim_gr.prefixes import prefix_states
 from recsim_gr.pretraining import pretrain
+from recsim_gr.reward_baselines import BASELINES
+from recsim_gr.reward_heads import EMBEDDING_SCALE, ScoreHead, Scorer
 from recsim_gr.rewards import (
-    EMBEDDING_SCALE,
-    SHRINKAGE,
     RewardEnsemble,
     RewardEnsembleConfig,
-    ScoreHead,
-    Scorer,
     fit_reward_ensemble,
     mean_squared_error,
     squared_error,
-    title_mean_baseline,
-    user_mean_baseline,
 )
 from recsim_gr.training import TrainingConfig, TrainingRecord
 from recsim_gr.world import World, WorldConfig
@@ -135,7 +131,7 @@ def test_squared_error_by_hand(backbone: HSTU) -> None:
     scorer = Scorer(backbone, 3.0)
     with torch.no_grad():
         scorer.head.mix.zero_()
-        error = squared_error(scorer.head, scorer.backbone, prefix_states(backbone, batch), batch)
+        error = squared_error(scorer.at(batch, batch.titles), batch)
     assert error.item() == pytest.approx(5.25 / 3, abs=1e-5)
 
 
@@ -208,19 +204,19 @@ def test_predictions_are_finite_for_seen_titles_and_empty_histories(ensemble: Re
 
 
 def test_it_understands_a_world_without_noise() -> None:
-    """Satisfaction is written on the score, and turns on taste: neither baseline can know it."""
+    """Satisfaction is written on the score, and turns on taste: no baseline can know it."""
     world = World(WorldConfig(n_titles=30, history_length=8, taste_dimensions=2, n_genres=4, reward_noise=0.0))
     log, held_out = world.generate_log(500), world.generate_log(150, split="validation")
     steps = TrainingConfig(steps=150, batch_users=32, learning_rate=1e-2, warmup_steps=10, checks=3)
     backbone = pretrain(log, HSTUConfig(dimensions=16), steps, held_out)
     fitted = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=steps), held_out)
     histories = Histories(held_out)
-    mean = float(log.score.mean())
-    by_user = user_mean_baseline(histories, mean)[histories.valid].numpy()
-    by_title = title_mean_baseline(log)[held_out.title]
-    errors = [float(((guess - held_out.score) ** 2).mean()) for guess in (mean, by_user, by_title)]
+    valid = histories.valid.numpy()
+    guesses = [baseline.fit(log).mean_at(histories)[valid] for baseline in BASELINES]
+    errors = [float(((guess - held_out.score) ** 2).mean()) for guess in guesses]
     own = mean_squared_error(fitted.members, histories)
-    assert own < 0.6 * min(errors)
+    assert own < 0.6 * min(errors[:2])  # the study's two
+    assert own < errors[2]  # the two together
     # and it knows titles that were not shown: predictions order them by their true satisfaction
     contexts = world.contexts(200)
     truth = world.satisfaction(contexts.users)
@@ -317,21 +313,3 @@ def test_logs_that_do_not_fit_are_refused(log: InteractionLog, backbone: HSTU) -
         fit_reward_ensemble(log, backbone, validation=log_of([[(0, 1.0)]], 3))
     with pytest.raises(ConfigError, match="the log has 7 titles and the HSTU 12"):
         fit_reward_ensemble(log_of([[(0, 1.0)], [(1, 1.0)]], 7), backbone, RewardEnsembleConfig(training=SHORT))
-
-
-# -- baselines ----------------------------------------------------------------------------------------------------
-
-
-def test_the_users_own_mean_by_hand() -> None:
-    """Five events' worth of the mean 3 come first: (0 + 15)/5, then (4 + 15)/6, then (4 + 2 + 15)/7."""
-    assert SHRINKAGE == 5.0
-    histories = Histories(log_of([[(0, 4.0), (1, 2.0), (2, 5.0)], [(3, 1.0), (0, 1.0)]], 5))
-    got = user_mean_baseline(histories, 3.0)
-    np.testing.assert_allclose(got[0].numpy(), [3.0, 19 / 6, 3.0], rtol=1e-6)
-    np.testing.assert_allclose(got[1, :2].numpy(), [3.0, 16 / 6], rtol=1e-6)
-
-
-def test_the_titles_mean_by_hand() -> None:
-    """Global mean (4 + 2 + 1 + 1)/4 = 2. Title 0: (4 + 1 + 10)/7; 1: (2 + 10)/6; 3: (1 + 10)/6; never shown: 2."""
-    got = title_mean_baseline(log_of([[(0, 4.0), (1, 2.0)], [(3, 1.0), (0, 1.0)]], 5))
-    np.testing.assert_allclose(got, [15 / 7, 2.0, 2.0, 11 / 6, 2.0], rtol=1e-12)

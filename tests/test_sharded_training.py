@@ -207,7 +207,7 @@ def test_rewards_are_fitted_from_shards(log: ShardedLog, backbone: HSTU) -> None
         assert [step for step, _ in disk.objectives] == [step for step, _ in memory.objectives]
         assert disk.objectives[-1][1] == pytest.approx(memory.objectives[-1][1], rel=0.2)
         assert disk.objectives[-1] != disk.objectives[0]
-    with pytest.raises(ConfigError, match=r"read\(\) the log in shards first"):
+    with pytest.raises(ConfigError, match=r"keep it in, or read\(\) the log first"):
         rewards.on(log)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.histories import Histories
 from recsim_gr.prefixes import chosen_log_probs, imitation_loss, prefix_logits, prefix_mask, prefix_states
-from recsim_gr.rewards import Scorer, squared_error
+from recsim_gr.reward_heads import Scorer
+from recsim_gr.rewards import member_loss
 from recsim_gr.world import World, WorldConfig
 
 MEMBERS = 3
@@ -45,14 +46,9 @@ def test_ensemble_members_one_by_one_or_in_one_batched_program(histories: Histor
     members = [Scorer(backbone, 3.0).train() for _ in range(MEMBERS)]
     batch = histories.batch(torch.arange(64))
 
-    def member_loss(member: Scorer) -> Tensor:
-        states = prefix_states(member.backbone, batch)
-        error = squared_error(member.head, member.backbone, states, batch)
-        return error + 0.2 * imitation_loss(member.backbone, batch, states)
-
     def loop() -> None:
         for member in members:
-            member_loss(member).backward()
+            member_loss(member, batch, 0.2).backward()
 
     stacked, _ = torch.func.stack_module_state(members)
     shell = Scorer(backbone, 3.0).train()
@@ -63,7 +59,7 @@ def test_ensemble_members_one_by_one_or_in_one_batched_program(histories: Histor
             self.member = shell
 
         def forward(self) -> Tensor:
-            return member_loss(self.member)
+            return member_loss(self.member, batch, 0.2)
 
     wrapper = Loss()
 
