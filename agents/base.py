@@ -142,7 +142,8 @@ class Agent(ABC):
         """Learns from a log.
 
         Args:
-            log: what to learn from; in shards only for agents that keep no table of the whole log.
+            log: what to learn from; in shards, agents that need r̂ on the whole log keep it in the directory
+                ``rewards.tables_in``, and `PPO` cannot.
             backbone: the pretrained backbone, π_ref; copied, never changed.
             rewards: the fitted reward ensemble, for agents that need it.
             validation: users to stop on; without it, the last tenth of the log's users.

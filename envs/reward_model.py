@@ -158,7 +158,8 @@ class RewardModelBandit(Bandit):
             raise ConfigError(
                 f"the log has {log.n_titles} titles, the reward model {rewards.n_titles}; fit it on this log"
             )
-        self.log, self.table, self.histories = log, rewards.on(log), log.sequences()
+        self.log, self.histories = log, log.sequences()
+        self.table = rewards.on(log)
         catalogue = log.catalogue
         self.releases = catalogue.release if catalogue is not None and catalogue.has_releases else None
         self.rows = np.cumsum(log.step == 0) - 1  # of each event, the row of its user

@@ -200,7 +200,8 @@ class ShardedLog:
         for part in recsim_gr.InteractionLog.open("logs"):  # each a checked InteractionLog
             print(part.score.mean())
 
-    ``pretrain``, ``fit_reward_ensemble`` and the agents that keep no table of the whole log learn from it as it is.
+    ``pretrain``, ``fit_reward_ensemble`` and the agents that keep no table of the whole log learn from it as it is,
+    and others (`PPO` apart) where ``RewardEnsemble.tables_in`` says where to keep the table.
 
     Attributes:
         n_titles: the size of the catalogue, I.

@@ -26,7 +26,7 @@ from recsim_gr.files import read_json, write_json
 from recsim_gr.histories import Batch, HistorySource, histories_of
 from recsim_gr.log import AnyLog, ShardedLog
 from recsim_gr.prefixes import prefix_states
-from recsim_gr.reward_heads import RewardMember
+from recsim_gr.reward_heads import RewardMember, ScoreHead
 
 MOST_BYTES = 1 << 30
 """Of a table in memory. The shallow form's takes 4·M·(d + 1) bytes an event, 32 MB for 80,000 events of three
@@ -101,12 +101,12 @@ class FactoredTable(RewardTable):
 
     @classmethod
     def common(cls, members: Sequence[RewardMember]) -> dict[str, Tensor]:
-        sides = [member.head.title_side(member.backbone) for member in members]
+        sides = [_factors(member).title_side(member.backbone) for member in members]
         return {"vectors": torch.stack([v for v, _ in sides]), "biases": torch.stack([b for _, b in sides])}
 
     @classmethod
     def rows(cls, members: Sequence[RewardMember], batch: Batch) -> dict[str, Tensor]:
-        states = [member.head.state_side(prefix_states(member.backbone, batch)) for member in members]
+        states = [_factors(member).state_side(prefix_states(member.backbone, batch)) for member in members]
         return {"states": torch.stack(states, dim=2)}
 
     @classmethod
@@ -136,6 +136,12 @@ class FactoredTable(RewardTable):
         states = self.states[torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(steps))]  # (n, M, d + 1)
         scores = (states * self.vectors[:, which].transpose(0, 1)).sum(-1) + self.biases[:, which].T
         return scores.mean(dim=1).cpu().numpy().astype(np.float32)
+
+
+def _factors(member: RewardMember) -> ScoreHead:
+    """The head of a member whose scores are a product."""
+    assert isinstance(member.head, ScoreHead)
+    return member.head
 
 
 class DenseTable(RewardTable):
@@ -341,7 +347,7 @@ def _open(kind: type[RewardTable], place: Path, verify: bool) -> RewardTable:
         if index["format"] != FORMAT or index["kind"] != kind.__name__:
             raise ValueError(f"it is a {index['kind']} of format {index['format']}")
         arrays = {name: _mapped(place / f"{name}.npy", index["files"][name], verify) for name in kind.arrays}
-    except (OSError, ValueError, TypeError, LookupError, RunDirectoryError) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RunDirectoryError) as error:
         raise CheckpointError(
             f"{place} holds no table that can be read ({error}); remove it, and it is made again"
         ) from error

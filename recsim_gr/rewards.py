@@ -4,6 +4,7 @@ The forms that a member can have are in `recsim_gr.reward_heads`. Its loss is th
 plus ``imitation_weight`` times the imitation loss (the study's co-training).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ class RewardEnsemble:
         calibration: Calibration | None = None,
     ) -> None:
         self.members, self.records, self.calibration = list(members), list(records), calibration
-        self.tables_in: Path | None = None
+        self.tables_in: str | Path | None = None
         self._tables: WeakKeyDictionary[Any, dict[Path | None, RewardTable]] = WeakKeyDictionary()
         for member in members:
             member.eval().requires_grad_(False)
@@ -100,7 +101,7 @@ class RewardEnsemble:
     def predict(self, observations: Observations, chunk: int = 512) -> Prediction:
         """Mean and deviation over the members, (n, I) each: for every title, seen ones included."""
         device, parts = self.members[0].device, []
-        for start in range(0, len(observations), chunk):
+        for start in range(0, max(1, len(observations)), chunk):
             batch = [x.to(device) for x in tensors(observations[slice(start, start + chunk)])]
             parts.append(_spread(torch.stack([member(*batch) for member in self.members])))
         return _joined(parts)
@@ -191,11 +192,14 @@ class RewardEnsemble:
             CheckpointError: a table on disk that is damaged.
             RunDirectoryError: a directory that cannot be written.
         """
-        place = self.tables_in if directory is None else Path(directory)
+        directory = self.tables_in if directory is None else directory
+        place = None if directory is None else Path(directory)
         tables = self._tables.setdefault(log, {})
         if place not in tables:
-            made = table_in_memory(self.members, log) if place is None else None
-            tables[place] = made or table_on_disk(self.members, log, Path(place or ""), verify)
+            if place is None:
+                tables[place] = table_in_memory(self.members, log)
+            else:
+                tables[place] = table_on_disk(self.members, log, place, verify)
         return tables[place]
 
     # -- saving: JSON beside safetensors, never pickle ------------------------------------------------------------
@@ -206,7 +210,8 @@ class RewardEnsemble:
         Raises:
             RunDirectoryError: it cannot be written.
         """
-        directory, state = Path(directory), {}
+        directory = Path(directory)
+        state: dict[str, Tensor] = {}
         for m, member in enumerate(self.members):
             state |= {f"members.{m}.{key}": value for key, value in member.state_dict().items()}
         about: dict[str, Any] = {
@@ -387,7 +392,8 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _record(values: dict[str, Any]) -> TrainingRecord:
     objectives = [(int(step), float(value)) for step, value in values["objectives"]]
-    return TrainingRecord(int(values["steps"]), int(values["best_step"]), float(values["best_objective"]), objectives)
+    best = math.inf if values["best_objective"] is None else float(values["best_objective"])  # inf is no JSON
+    return TrainingRecord(int(values["steps"]), int(values["best_step"]), best, objectives)
 
 
 def _calibration(about: dict[str, Any] | None, columns: dict[str, Tensor]) -> Calibration | None:

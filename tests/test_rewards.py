@@ -94,35 +94,7 @@ def ensemble(log: InteractionLog, backbone: HSTU) -> RewardEnsemble:
     return fit_reward_ensemble(log, backbone, RewardEnsembleConfig(training=SHORT))
 
 
-# -- the head -----------------------------------------------------------------------------------------------------
-
-
-def test_a_score_is_the_formula_of_the_docstring(backbone: HSTU, log: InteractionLog) -> None:
-    """r̂(x, a) = m + u·h + b_a + ⟨W h, ê_a⟩, with ê_a the title's embedding at length 5."""
-    torch.manual_seed(1)
-    head = ScoreHead(8, 12, mean=3.5)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.normal_()
-    batch = next(Histories(log).chunks())
-    states = prefix_states(backbone, batch).detach()
-    got = head.all_titles(states, backbone).detach()
-    p = {name: value.detach().double().numpy() for name, value in head.named_parameters()}
-    h, titles = states[3, 1].double().numpy(), backbone.titles.detach().double().numpy()
-    for a in range(12):
-        direction = EMBEDDING_SCALE * titles[a] / np.linalg.norm(titles[a])
-        expected = 3.5 + p["user"] @ h + p["title"][a] + (h @ p["mix"]) @ direction
-        assert got[3, 1, a].item() == pytest.approx(expected, abs=1e-4)
-    at = head.at(states, batch.titles, backbone)
-    picked = got.gather(-1, batch.titles.clamp(max=11).unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(at[batch.valid], picked[batch.valid], atol=1e-5, rtol=0)
-
-
-def test_before_anything_is_learned_every_title_scores_about_the_mean(backbone: HSTU, log: InteractionLog) -> None:
-    batch = next(Histories(log).chunks())
-    scores = ScoreHead(8, 12, mean=2.25).all_titles(prefix_states(backbone, batch), backbone)
-    assert (scores - 2.25).abs().max() < 1.0
-    assert scores.mean().item() == pytest.approx(2.25, abs=0.2)
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_squared_error_by_hand(backbone: HSTU) -> None:
@@ -144,44 +116,7 @@ def test_the_ensembles_error_is_that_of_its_mean(backbone: HSTU) -> None:
     assert mean_squared_error(members, histories) == pytest.approx(4.5, abs=1e-5)
 
 
-# -- tables -------------------------------------------------------------------------------------------------------
-
-
-def test_tables_say_what_the_ensemble_says(log: InteractionLog, ensemble: RewardEnsemble) -> None:
-    table = ensemble.on(log)
-    events, observations = prefixes(log)
-    predicted = ensemble.predict(observations, chunk=7)
-    every = torch.arange(log.n_users)
-    members, mean = table.members(every), table.mean(every)
-    for index, (row, step) in enumerate(events):
-        np.testing.assert_allclose(mean[row, step].numpy(), predicted.mean[index], atol=1e-4)
-        own = members[:, row, step].numpy()
-        np.testing.assert_allclose(own.mean(axis=0), predicted.mean[index], atol=1e-4)
-        np.testing.assert_allclose(own.std(axis=0, ddof=1), predicted.deviation[index], atol=1e-4)
-    rows, steps = np.array(events).T
-    for shift in range(3):
-        titles = (rows + 5 * steps + shift) % 12
-        expected = predicted.mean[np.arange(len(events)), titles]
-        got = table.at(rows, steps, titles)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, expected, atol=1e-4)
-
-
-def test_tables_answer_for_any_rows_in_any_order(log: InteractionLog, ensemble: RewardEnsemble) -> None:
-    table = ensemble.on(log)
-    every, some = torch.arange(log.n_users), torch.tensor([7, 2, 2, 31])
-    torch.testing.assert_close(table.mean(some), table.mean(every)[some])
-    torch.testing.assert_close(table.members(some), table.members(every)[:, some])
-
-
-def test_a_table_is_made_once_a_log_and_goes_with_it(log: InteractionLog, ensemble: RewardEnsemble) -> None:
-    assert ensemble.on(log) is ensemble.on(log)
-    other = log.rows(slice(0, len(log)))
-    assert ensemble.on(other) is not ensemble.on(log)
-    table = weakref.ref(ensemble.on(other))
-    del other
-    gc.collect()
-    assert table() is None
+# -- predictions -----------------------------------------------------------------------------------------------------
 
 
 def test_predictions_are_finite_for_seen_titles_and_empty_histories(ensemble: RewardEnsemble) -> None:
