@@ -101,7 +101,9 @@ class RewardEnsemble:
     def predict(self, observations: Observations, chunk: int = 512) -> Prediction:
         """Mean and deviation over the members, (n, I) each: for every title, seen ones included."""
         device, parts = self.members[0].device, []
-        for start in range(0, max(1, len(observations)), chunk):
+        if len(observations) == 0:
+            return Prediction(*(np.zeros((0, self.n_titles), dtype=np.float32) for _ in range(2)))
+        for start in range(0, len(observations), chunk):
             batch = [x.to(device) for x in tensors(observations[slice(start, start + chunk)])]
             parts.append(_spread(torch.stack([member(*batch) for member in self.members])))
         return _joined(parts)

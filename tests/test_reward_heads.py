@@ -13,14 +13,14 @@ from recsim_gr.histories import Batch
 from recsim_gr.prefixes import prefix_states
 from recsim_gr.reward_heads import EMBEDDING_SCALE, FORMS, AppendedScorer, RewardMember, ScoreHead, Scorer
 
-I, D, L = 12, 8, 5
+TITLES, D, L = 12, 8, 5
 
 
-def random_backbone(seed: int = 0, **options: bool) -> Backbone:
+def random_backbone(seed: int = 0) -> Backbone:
     """Of a size where no title, position or gap counts for nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = HSTU(HSTUConfig(dimensions=D, n_layers=2, max_length=L, **options), I)
+        backbone = HSTU(HSTUConfig(dimensions=D, n_layers=2, max_length=L), TITLES)
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
     return backbone.eval()
@@ -39,12 +39,10 @@ def batch_of(lengths: list[int], seed: int = 0) -> Batch:
     """Histories of those lengths, padded to the longest."""
     rng, width = np.random.default_rng(seed), max(lengths)
     valid = torch.arange(width) < torch.tensor(lengths)[:, None]
-    titles = torch.from_numpy(np.stack([rng.permutation(I)[:width] for _ in lengths]))
+    titles = torch.from_numpy(np.stack([rng.permutation(TITLES)[:width] for _ in lengths]))
     scores = torch.from_numpy(rng.uniform(1, 5, titles.shape).astype(np.float32))
     times = torch.from_numpy(rng.exponential(20, titles.shape).astype(np.float32).cumsum(axis=1))
-    return Batch(
-        torch.arange(len(lengths)), titles.masked_fill(~valid, I), scores * valid, times * valid, valid
-    )
+    return Batch(torch.arange(len(lengths)), titles.masked_fill(~valid, TITLES), scores * valid, times * valid, valid)
 
 
 def appended_by_hand(member: AppendedScorer, batch: Batch, row: int, after: int, title: int) -> float:
@@ -73,7 +71,7 @@ def test_a_shallow_score_is_the_formula_of_the_docstring() -> None:
     got = member.head.all_titles(states, member.backbone)
     p = {name: value.double().numpy() for name, value in member.head.named_parameters()}
     h, titles = states[1, 2].double().numpy(), member.backbone.titles.double().numpy()
-    for a in range(I):
+    for a in range(TITLES):
         direction = EMBEDDING_SCALE * titles[a] / np.linalg.norm(titles[a])
         expected = 3.5 + p["user"] @ h + p["title"][a] + (h @ p["mix"]) @ direction
         assert got[1, 2, a].item() == pytest.approx(expected, abs=1e-4)
@@ -82,7 +80,7 @@ def test_a_shallow_score_is_the_formula_of_the_docstring() -> None:
 def test_before_anything_is_learned_every_title_scores_about_the_mean() -> None:
     backbone, batch = random_backbone(), batch_of([3, 5])
     states = prefix_states(backbone, batch)
-    scores = ScoreHead(D, I, mean=2.25).all_titles(states, backbone)
+    scores = ScoreHead(D, TITLES, mean=2.25).all_titles(states, backbone)
     assert (scores - 2.25).abs().max() < 1.0
     assert scores.mean().item() == pytest.approx(2.25, abs=0.2)
     appended = AppendedScorer(backbone, 2.25).at(batch, batch.titles)
@@ -97,13 +95,13 @@ def test_before_anything_is_learned_every_title_scores_about_the_mean() -> None:
 def test_an_appended_score_is_that_of_the_appended_sequence(lengths: list[int], seed: int) -> None:
     member, batch = random_member("appended", seed), batch_of(lengths, seed)
     assert isinstance(member, AppendedScorer)
-    titles = torch.from_numpy(np.random.default_rng(seed).integers(I, size=batch.titles.shape))
+    titles = torch.from_numpy(np.random.default_rng(seed).integers(TITLES, size=batch.titles.shape))
     got, whole = member.at(batch, titles), member(batch.titles, batch.scores, batch.times)
     for row, length in enumerate(lengths):
         for t in range(length):
             expected = appended_by_hand(member, batch, row, t, int(titles[row, t]))
             assert got[row, t].item() == pytest.approx(expected, abs=1e-4)
-        for a in (0, I - 1, seed % I):
+        for a in (0, TITLES - 1, seed % TITLES):
             expected = appended_by_hand(member, batch, row, length, a)
             assert whole[row, a].item() == pytest.approx(expected, abs=1e-4)
 
@@ -154,11 +152,9 @@ def test_the_marker_is_learned() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(lengths=lengths, seed=st.integers(0, 1_000))
-def test_one_title_at_a_prefix_is_what_the_whole_catalogue_says_there(
-    form: str, lengths: list[int], seed: int
-) -> None:
+def test_one_title_at_a_prefix_is_what_the_whole_catalogue_says_there(form: str, lengths: list[int], seed: int) -> None:
     member, batch = random_member(form, seed), batch_of(lengths, seed)
-    titles = torch.from_numpy(np.random.default_rng(seed + 1).integers(I, size=batch.titles.shape))
+    titles = torch.from_numpy(np.random.default_rng(seed + 1).integers(TITLES, size=batch.titles.shape))
     got = member.at(batch, titles)
     for t in range(batch.titles.shape[1]):
         every = member(batch.titles[:, :t], batch.scores[:, :t], batch.times[:, :t])
@@ -177,7 +173,7 @@ def test_known_states_change_nothing(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_changes_nothing(form: str) -> None:
     member, batch = random_member(form), batch_of([3, 1])
-    wider = [torch.nn.functional.pad(x, (0, 2), value=v) for x, v in zip(batch[1:4], (I, 0.0, 0.0), strict=True)]
+    wider = [torch.nn.functional.pad(x, (0, 2), value=v) for x, v in zip(batch[1:4], (TITLES, 0.0, 0.0), strict=True)]
     torch.testing.assert_close(member(*wider), member(*batch[1:4]), atol=1e-5, rtol=0)
 
 

@@ -60,9 +60,9 @@ def test_scores_have_bounds_and_so_have_their_intervals() -> None:
     np.testing.assert_allclose(low, [1.0, 2.5, 4.25])
     np.testing.assert_allclose(high, [1.75, 3.5, 5.0])
     low, high = given.interval(prediction([3.0], [0.0]), 0.95)  # more than nine users can tell
-    assert (low, high) == (1.0, 5.0)
+    assert (low[0], high[0]) == (1.0, 5.0)
     low, high = calibration([0.5] * 9, list(range(9))).interval(prediction([3.0], [0.0]), 0.95)
-    assert (low, high) == (-np.inf, np.inf)
+    assert (low[0], high[0]) == (-np.inf, np.inf)
 
 
 def test_the_interval_of_the_mean_by_hand() -> None:

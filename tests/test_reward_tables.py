@@ -52,9 +52,7 @@ def backbone(log: InteractionLog) -> Backbone:
 
 @pytest.fixture(scope="module")
 def ensembles(log: InteractionLog, backbone: Backbone) -> dict[str, RewardEnsemble]:
-    return {
-        form: fit_reward_ensemble(log, backbone, RewardEnsembleConfig(form=form, training=SHORT)) for form in FORMS
-    }
+    return {form: fit_reward_ensemble(log, backbone, RewardEnsembleConfig(form=form, training=SHORT)) for form in FORMS}
 
 
 @pytest.fixture(params=list(FORMS))
@@ -111,10 +109,9 @@ def test_tables_say_what_the_ensemble_says(log: InteractionLog, ensemble: Reward
     rows, steps = np.array(events).T
     for shift in range(3):
         titles = (rows + 5 * steps + shift) % 12
-        expected = predicted.mean[np.arange(len(events)), titles]
-        got = table.at(rows, steps, titles)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, expected, atol=1e-4)
+        answered = table.at(rows, steps, titles)
+        assert answered.dtype == np.float32
+        np.testing.assert_allclose(answered, predicted.mean[np.arange(len(events)), titles], atol=1e-4)
 
 
 def test_members_of_a_factored_table_are_the_members(log: InteractionLog, ensembles: dict[str, RewardEnsemble]) -> None:
@@ -237,7 +234,7 @@ def test_another_ensemble_or_another_log_is_another_table(
     others.append(log.rows(slice(0, last_user)))
     keys |= {table_key(members, other) for other in others}
     with torch.no_grad():
-        members[0].head.title[5] += 1e-6  # type: ignore[union-attr, operator, index]
+        members[0].head.title[5] += 1e-6  # type: ignore[operator, index]
     keys.add(table_key(members, log))
     assert len(keys) == 8
 

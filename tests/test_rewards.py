@@ -1,29 +1,33 @@
-"""The reward ensemble: its head's formula, its tables, its baselines, and a world that it must understand."""
+"""The reward ensemble: fitting, predictions, intervals, saving, and a world that it must understand."""
 
-import gc
+import json
 import math
+import os
 import random
-import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
-from recsim_gr.errors import ConfigError
-from recsim_gr.histories import Histories, HistorySource
+from recsim_gr.errors import CheckpointError, ConfigError
+from recsim_gr.histories import Histories, HistorySource, tensors
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
-from recsim_gr.prefixes import prefix_states
 from recsim_gr.pretraining import pretrain
 from recsim_gr.reward_baselines import BASELINES
-from recsim_gr.reward_heads import EMBEDDING_SCALE, ScoreHead, Scorer
+from recsim_gr.reward_heads import FORMS, Scorer
+from recsim_gr.reward_tables import table_key
 from recsim_gr.rewards import (
     RewardEnsemble,
     RewardEnsembleConfig,
     fit_reward_ensemble,
+    load_reward_ensemble,
     mean_squared_error,
     squared_error,
 )
@@ -94,6 +98,13 @@ def ensemble(log: InteractionLog, backbone: HSTU) -> RewardEnsemble:
     return fit_reward_ensemble(log, backbone, RewardEnsembleConfig(training=SHORT))
 
 
+@pytest.fixture(scope="module")
+def forms(log: InteractionLog, backbone: HSTU, ensemble: RewardEnsemble) -> dict[str, RewardEnsemble]:
+    """An ensemble of each form."""
+    appended = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(form="appended", training=SHORT))
+    return {"shallow": ensemble, "appended": appended}
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +144,162 @@ def test_predictions_are_finite_for_seen_titles_and_empty_histories(ensemble: Re
     assert np.isfinite(mean).all()
     assert (deviation > 0).all()
     np.testing.assert_array_equal(ensemble.mean(nobody), mean)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_ensemble_is_its_members(form: str, log: InteractionLog, forms: dict[str, RewardEnsemble]) -> None:
+    """Mean and deviation with M − 1 degrees of freedom, at every prefix, by whichever way they are asked for."""
+    ensemble = forms[form]
+    events, observations = prefixes(log)
+    each = np.stack([member(*tensors(observations)).numpy() for member in ensemble.members])
+    mean, deviation = ensemble.predict(observations, chunk=7)
+    np.testing.assert_allclose(mean, each.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(deviation, each.std(axis=0, ddof=1), atol=1e-5)
+    np.testing.assert_array_equal(ensemble.mean(observations), ensemble.predict(observations).mean)
+    whole = log.sequences()
+    forced = np.random.default_rng(0).integers(12, size=whole.titles.shape)
+    logged, other = ensemble.at(log), ensemble.at(Histories(log), forced)
+    np.testing.assert_array_equal(ensemble.mean_at(log), logged.mean)
+    for index, (row, step) in enumerate(events):
+        for found, title in ((logged, whole.titles[row, step]), (other, forced[row, step])):
+            assert found.mean[row, step] == pytest.approx(mean[index, title], abs=1e-4)
+            assert found.deviation[row, step] == pytest.approx(deviation[index, title], abs=1e-4)
+
+
+def test_no_contexts_have_no_predictions(forms: dict[str, RewardEnsemble], log: InteractionLog) -> None:
+    nothing = log.sequences()[slice(0, 0)]
+    for ensemble in forms.values():
+        assert ensemble.mean(nothing).shape == (0, 12)
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_validation_users_calibrate(form: str, log: InteractionLog, backbone: Backbone) -> None:
+    held_out = log_of([[(0, 4.0), (1, 1.0)], [(5, 3.5)], [(7, 2.0), (2, 5.0), (3, 1.5)]], 12)
+    ensemble = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(form=form, members=2, training=SHORT), held_out)
+    known, own = ensemble.calibration, ensemble.at(held_out)
+    assert known is not None
+    assert known.user.tolist() == [0, 0, 1, 2, 2, 2]
+    valid = Histories(held_out).valid.numpy()
+    np.testing.assert_allclose(known.residual, held_out.score - own.mean[valid], atol=1e-6)
+    np.testing.assert_allclose(known.deviation, own.deviation[valid], atol=1e-6)
+    residual = (log.sequences().scores - ensemble.mean_at(log))[Histories(log).valid.numpy()]
+    assert known.noise == pytest.approx(float(np.sqrt(np.mean(residual**2))), rel=1e-5)
+    assert known.bounds == (1.0, 5.0)
+
+
+def test_intervals_are_about_the_prediction(ensemble: RewardEnsemble, log: InteractionLog) -> None:
+    observations = log.sequences()
+    mean, deviation = ensemble.predict(observations)
+    low, high = ensemble.interval(observations, 0.5, of="mean")
+    half = stats.t.ppf(0.75, 2) * np.sqrt(4 / 3) * deviation
+    np.testing.assert_allclose(low, mean - half, atol=1e-5)
+    np.testing.assert_allclose(high, mean + half, atol=1e-5)
+    assert ensemble.calibration is not None
+    low, high = ensemble.interval(observations, 0.5)
+    half = ensemble.calibration.quantile(0.5) * np.sqrt(ensemble.calibration.noise**2 + deviation**2)
+    np.testing.assert_allclose(low, np.clip(mean - half, 1, 5), atol=1e-5)
+    np.testing.assert_allclose(high, np.clip(mean + half, 1, 5), atol=1e-5)
+    wide = ensemble.interval(observations, 0.75)
+    assert (wide.low <= low).all()
+    assert (wide.high >= high).all()
+
+
+def test_other_users_calibrate_in_place_of_the_validation_users(log: InteractionLog, backbone: Backbone) -> None:
+    ensemble = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=SHORT))
+    assert ensemble.calibration is not None
+    before = ensemble.calibration
+    assert ensemble.calibrate(replace(log, bounded_scores=False)) is ensemble
+    assert len(ensemble.calibration.residual) == len(log) > len(before.residual)
+    assert ensemble.calibration.noise == before.noise
+    assert ensemble.calibration.bounds is None
+
+
+def test_intervals_that_cannot_be_given_are_refused(ensemble: RewardEnsemble, log: InteractionLog) -> None:
+    observations = log.sequences()
+    with pytest.raises(ConfigError, match="no interval of 'reward'; there are score, mean"):
+        ensemble.interval(observations, of="reward")
+    with pytest.raises(ConfigError, match=r"level .* got 90"):
+        ensemble.interval(observations, level=90)
+    bare = RewardEnsemble(ensemble.members, ensemble.records)
+    bare.interval(observations, of="mean")
+    with pytest.raises(ConfigError, match="not calibrated"):
+        bare.interval(observations)
+    with pytest.raises(ConfigError, match="needs the noise"):
+        bare.calibrate(log)
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_saved_is_loaded(
+    form: str, forms: dict[str, RewardEnsemble], log: InteractionLog, tmp_path: Path
+) -> None:
+    ensemble, observations = forms[form], log.sequences()
+    ensemble.save(tmp_path / "rewards")
+    assert sorted(os.listdir(tmp_path / "rewards")) == ["rewards.json", "rewards.safetensors"]
+    loaded = load_reward_ensemble(tmp_path / "rewards")
+    assert loaded.form == form
+    assert [type(member) for member in loaded.members] == [type(member) for member in ensemble.members]
+    assert all(torch.equal(a, b) for a, b in zip(weights(loaded), weights(ensemble), strict=True))
+    assert not any(member.training for member in loaded.members)
+    assert loaded.records == ensemble.records
+    for got, expected in zip(loaded.predict(observations), ensemble.predict(observations), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for of in ("score", "mean"):
+        again, before = (model.interval(observations, 0.8, of) for model in (loaded, ensemble))
+        np.testing.assert_array_equal(again, before)
+    assert table_key(loaded.members, log) == table_key(ensemble.members, log)
+
+
+def test_an_ensemble_without_calibration_or_record_is_loaded_as_it_is(ensemble: RewardEnsemble, tmp_path: Path) -> None:
+    RewardEnsemble(ensemble.members, [TrainingRecord(0)]).save(tmp_path)
+    loaded = load_reward_ensemble(tmp_path)
+    assert loaded.calibration is None
+    assert loaded.records == [TrainingRecord(0)]
+
+
+def test_metadata_are_saved_with_it(tmp_path: Path) -> None:
+    world = World(WorldConfig(n_titles=20, n_genres=3, history_length=4, cold_share=0.3))
+    log = world.generate_log(40)
+    backbone = pretrain(log, SMALL, SHORT)
+    assert backbone.metadata is not None
+    ensemble = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=SHORT))
+    ensemble.save(tmp_path)
+    observations = log.sequences()
+    np.testing.assert_array_equal(load_reward_ensemble(tmp_path).mean(observations), ensemble.mean(observations))
+
+
+def test_damaged_files_are_a_named_error(ensemble: RewardEnsemble, tmp_path: Path) -> None:
+    ensemble.save(tmp_path)
+    about = json.loads((tmp_path / "rewards.json").read_text())
+    tensors_of = (tmp_path / "rewards.safetensors").read_bytes()
+    changed: list[dict[str, Any]] = [
+        {"form": "deep"},
+        {"members": 7},
+        {"members": "many"},
+        {"backbone": {**about["backbone"], "n_titles": 13}},
+        {"backbone": {**about["backbone"], "kind": "none"}},
+        {"records": [{}]},
+        {"calibration": {"noise": None, "bounds": None}},
+    ]
+    for change in changed:
+        (tmp_path / "rewards.json").write_text(json.dumps(about | change))
+        with pytest.raises(CheckpointError, match="holds no reward ensemble"):
+            load_reward_ensemble(tmp_path)
+    for text in ("", "[]", "{"):
+        (tmp_path / "rewards.json").write_text(text)
+        with pytest.raises(CheckpointError, match="holds no reward ensemble"):
+            load_reward_ensemble(tmp_path)
+    (tmp_path / "rewards.json").write_text(json.dumps(about))
+    (tmp_path / "rewards.safetensors").write_bytes(tensors_of[:-8])
+    with pytest.raises(CheckpointError, match="holds no reward ensemble"):
+        load_reward_ensemble(tmp_path)
+    with pytest.raises(CheckpointError, match="missing"):
+        load_reward_ensemble(tmp_path / "nowhere")
 
 
 # -- fitting ------------------------------------------------------------------------------------------------------
