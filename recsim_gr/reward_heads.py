@@ -117,7 +117,7 @@ class RewardMember(nn.Module, ABC):
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
-        self.head = head
+        self.head = head.to(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ The forms that a member can have are in `recsim_gr.reward_heads`. Its loss is th
 plus ``imitation_weight`` times the imitation loss (the study's co-training).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from recsim_gr.backbones import Backbone, build_backbone
@@ -232,19 +233,23 @@ class RewardEnsemble:
                 save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, temporary)
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(str(error)) from error
-        write_json(directory / "rewards.json", about)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        write_json(directory / "rewards.json", about | {"sha256": digest})
 
 
 def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
     """Loads what `RewardEnsemble.save` wrote; runs no code from the files.
 
     Raises:
-        CheckpointError: files that are missing, truncated or do not fit each other.
+        CheckpointError: files that are missing, damaged or do not belong to each other.
     """
     directory = Path(directory)
     try:
         about = read_json(directory / "rewards.json")
-        state = load_file(directory / "rewards.safetensors")
+        content = (directory / "rewards.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+            raise ValueError("the sha256 of rewards.safetensors is not the one that was written")
+        state = load(content)
         members = []
         for m in range(int(about["members"])):
             member = FORMS[about["form"]](build_backbone(about["backbone"]), 0.0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -345,6 +346,34 @@ def test_a_directory_that_cannot_be_written_is_a_named_error(
     with pytest.raises(RunDirectoryError, match="cannot write"):
         ensemble.on(log, tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
+
+
+# -- agents -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_pays_the_mean_of_either_form(log: InteractionLog, ensemble: RewardEnsemble) -> None:
+    envs: Any = gymnasium.make_vec("recsim_gr/RewardModel-v0", num_envs=40, rewards=ensemble, log=log)
+    observations, _ = envs.reset(seed=0)
+    titles = np.arange(40) % 12
+    _, rewards, _, _, infos = envs.step(titles)
+    expected = ensemble.mean(Observations(**observations, n_titles=12))[np.arange(40), titles]
+    valid = ~infos["final_info"]["invalid"]
+    assert 10 < valid.sum() < 40
+    np.testing.assert_allclose(rewards[valid], expected[valid], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in agents.AGENTS.items() if kind.needs_ensemble))
+def test_agents_learn_from_the_appended_form(
+    name: str, log: InteractionLog, backbone: Backbone, ensembles: dict[str, RewardEnsemble]
+) -> None:
+    options = {"rollout": 64, "n_envs": 16, "minibatch": 32} if name == "PPO" else {}
+    told: list[float] = []
+    agent = agents.AGENTS[name](training=SHORT, **options)
+    agent.fit(log, backbone, ensembles["appended"], after_check=lambda _, objective: told.append(objective))
+    assert np.isfinite(told).all()
+    assert len(set(told)) > 1
+    found = np.exp(agent.log_probs(log.sequences()))
+    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-4)
 
 
 # -- agents on a log in shards ----------------------------------------------------------------------------------------

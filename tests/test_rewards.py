@@ -295,9 +295,12 @@ def test_damaged_files_are_a_named_error(ensemble: RewardEnsemble, tmp_path: Pat
         with pytest.raises(CheckpointError, match="holds no reward ensemble"):
             load_reward_ensemble(tmp_path)
     (tmp_path / "rewards.json").write_text(json.dumps(about))
-    (tmp_path / "rewards.safetensors").write_bytes(tensors_of[:-8])
-    with pytest.raises(CheckpointError, match="holds no reward ensemble"):
-        load_reward_ensemble(tmp_path)
+    flipped = bytearray(tensors_of)
+    flipped[-5] ^= 1
+    for damaged in (tensors_of[:-8], bytes(flipped), b""):
+        (tmp_path / "rewards.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"sha256 of rewards\.safetensors is not"):
+            load_reward_ensemble(tmp_path)
     with pytest.raises(CheckpointError, match="missing"):
         load_reward_ensemble(tmp_path / "nowhere")
 
