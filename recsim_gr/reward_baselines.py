@@ -206,11 +206,10 @@ def asked(histories: Histories, titles: NDArray[np.int64] | None) -> NDArray[np.
     """(U, L) titles to be scored, below I: the given ones, or the log's own; title 0 on padding.
 
     Raises:
-        ValueError: titles of another shape.
+        ValueError: titles of another shape, or below 0.
     """
     own = histories.observations.titles
-    if titles is None:
-        return np.where(own < histories.n_titles, own, 0)
-    if titles.shape != own.shape:
-        raise ValueError(f"titles must be (U, L) = {own.shape}, got {titles.shape}")
+    titles = own if titles is None else np.asarray(titles)
+    if titles.shape != own.shape or titles.min() < 0:
+        raise ValueError(f"titles must be (U, L) = {own.shape}, 0 or more, got {titles.shape} from {titles.min()}")
     return np.where(titles < histories.n_titles, titles, 0)

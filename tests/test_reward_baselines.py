@@ -173,9 +173,11 @@ def test_what_is_said_at_a_prefix_is_what_is_said_of_that_context(kind: type[Rew
 
 
 @pytest.mark.parametrize("kind", BASELINES)
-def test_titles_of_another_shape_are_refused(kind: type[RewardBaseline]) -> None:
+def test_titles_that_are_none_are_refused(kind: type[RewardBaseline]) -> None:
     log = synthetic(5, 9)
     model = kind.fit(log)
     if kind is not UserMean:  # which does not ask what the title is
-        with pytest.raises(ValueError, match="titles must be"):
-            model.mean_at(log, np.zeros((5, 1), dtype=np.int64))
+        width = Histories(log).longest
+        for titles in (np.zeros((5, 1), dtype=np.int64), np.full((5, width), -1)):
+            with pytest.raises(ValueError, match="titles must be"):
+                model.mean_at(log, titles)
