@@ -1,0 +1,469 @@
+"""Table 1 as a page: what the reward model gains over the study's baselines, as seen and in truth."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+
+from recsim_gr.benchmarks.charts import Drawing, Figure, finished
+from recsim_gr.benchmarks.page import config_table, document, figure_element, folded, number, signed, table
+from recsim_gr.benchmarks.report import javascript, read_run, remove_stale, write_figure
+from recsim_gr.benchmarks.reward_model_measures import BASELINES, CONSTANT, FLOOR
+from recsim_gr.benchmarks.statistics import WORLD, FloatArray, Results, holm, t_interval, t_test
+from recsim_gr.errors import RunDirectoryError
+from recsim_gr.files import write_text
+
+SIGNIFICANT = 0.05
+
+FLOOR_ERRORS = 5.0
+"""Standard errors by which a model may be off the law of the floor: of hundreds of cells none is, by chance alone."""
+
+NOISE_WITH_MEMORY = ("drift",)
+"""Noise that a history tells of: what a user's mood does to the next score can be learned, and the floor is none."""
+
+
+class Measure(NamedTuple):
+    """One comparison: its column in the cells' rows, and what it is."""
+
+    metric: str
+    heading: str
+    unit: str
+
+
+MEASURES = (
+    Measure("chosen_score_gain", "observed score, chosen titles", "RMSE, points"),
+    Measure("chosen_expected_gain", "expected score, chosen titles", "RMSE, points"),
+    Measure("forced_expected_gain", "expected score, never-shown titles", "RMSE, points"),
+    Measure("forced_satisfaction_rank_gain", "satisfaction, never-shown titles", "rank corr. within user"),
+)
+"""What the study could see first; then the truth of the same, and what nobody could see."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A run's results by log size.
+
+    Attributes:
+        results: labelled arrays, metrics ending in ``@`` and the log size.
+        sizes: the K log sizes, ascending.
+        models: those that are compared with the baselines.
+    """
+
+    results: Results
+    sizes: tuple[int, ...]
+    models: tuple[str, ...]
+
+    @classmethod
+    def of(cls, results: Results) -> "Grid":
+        """From a run's table.
+
+        Raises:
+            RunDirectoryError: the table is not this suite's.
+        """
+        names = [metric.rpartition("@") for metric in results.metrics()]
+        sizes = sorted({int(size) for name, at, size in names if at and size.isdigit()})
+        models = [a for a in results.agents if a not in (*BASELINES, CONSTANT, FLOOR, "Additive")]
+        if not sizes or not models:
+            raise RunDirectoryError("the results hold no reward model by log size; run suite reward_model again")
+        return cls(results, tuple(sizes), tuple(models))
+
+    def of_model(self, model: str, metric: str) -> FloatArray:
+        """(N, K, S): NaN where a cell is missing."""
+        return np.stack([self.results.of(model, f"{metric}@{size}") for size in self.sizes], axis=1)
+
+    def events_per_title(self) -> FloatArray:
+        """(K,)."""
+        return t_interval(self.of_model(WORLD, "events_per_title").transpose(1, 0, 2).reshape(len(self.sizes), -1))[0]
+
+
+class Gain(NamedTuple):
+    """A measure's gains, (N, K) each: mean over seeds, half of the 95 % interval, Holm's p over all cells."""
+
+    mean: FloatArray
+    half: FloatArray
+    p: FloatArray
+
+    def verdict(self, noise: int, size: int) -> str:
+        """``gain``, ``loss`` or ``none`` at 5 % after Holm; ``?`` where one seed tells nothing."""
+        if not np.isfinite(self.p[noise, size]):
+            return "?"
+        if self.p[noise, size] > SIGNIFICANT:
+            return "none"
+        return "gain" if self.mean[noise, size] > 0 else "loss"
+
+
+def gain_of(grid: Grid, model: str, metric: str) -> Gain:
+    """Paired differences, tested two-sidedly by Student's t over seeds; Holm's family is all noise levels and log
+    sizes of one model and measure."""
+    values = grid.of_model(model, metric)
+    mean, half, _ = t_interval(values)
+    p = t_test(values)[0]
+    return Gain(mean, half, holm(p.ravel()).reshape(p.shape))
+
+
+def seen_by_users(grid: Grid, model: str) -> FloatArray:
+    """(N, K): the share of worlds in which a study of that world alone, testing over its users, would report a gain
+    on observed scores (z above 1.96)."""
+    z = grid.of_model(model, "chosen_score_gain") / grid.of_model(model, "chosen_score_gain_se")
+    count = np.isfinite(z).sum(axis=-1)
+    return np.divide((z > 1.96).sum(axis=-1), count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- lines
+
+
+def summary(grid: Grid, noise_model: str) -> list[str]:
+    """The reading of each model's table, then what must hold."""
+    return [line for model in grid.models for line in _reading(grid, model)] + checks(grid, noise_model)
+
+
+def _reading(grid: Grid, model: str) -> Iterator[str]:
+    for measure in MEASURES:
+        gain = gain_of(grid, model, measure.metric)
+        said = {verdict: [] for verdict in ("gain", "none", "loss", "?")}  # type: dict[str, list[str]]
+        for level, noise in enumerate(grid.results.noise):
+            for k, size in enumerate(grid.sizes):
+                if np.isfinite(gain.mean[level, k]):
+                    said[gain.verdict(level, k)].append(f"ν {noise:g} × {size:,}")
+        words = {"gain": "gain", "none": "no significant gain", "loss": "loss", "?": "untested (one seed)"}
+        parts = [f"{words[v]}: {', '.join(cells)}" for v, cells in said.items() if cells]
+        yield f"{model}, {measure.heading} ({measure.unit}): " + "; ".join(parts)
+
+
+def checks(grid: Grid, noise_model: str) -> list[str]:
+    """What holds whatever the models learned."""
+    lines = [_same_floor(grid)]
+    if noise_model not in NOISE_WITH_MEMORY:
+        lines.append(_law_of_the_floor(grid))
+    return lines
+
+
+def _same_floor(grid: Grid) -> str:
+    """One world's test events are the same for every log size."""
+    floors = grid.of_model(FLOOR, "chosen_score_rmse")
+    spread = float(np.nanmax(np.nanmax(floors, axis=1) - np.nanmin(floors, axis=1)))
+    verdict = "holds" if spread == 0 else "FAILS"
+    return f"{verdict}: the floor of a world is the same for every log size (largest difference {spread:g})"
+
+
+def _law_of_the_floor(grid: Grid) -> str:
+    """Squared error against scores is that against their expectation plus the floor's, for every model."""
+    worst, where = 0.0, ""
+    for model in grid.results.agents:
+        z = grid.of_model(model, "floor_z")
+        if np.isfinite(z).any() and np.nanmax(np.abs(z)) > abs(worst):
+            level, size, seed = np.unravel_index(np.nanargmax(np.abs(z)), z.shape)
+            worst = float(z[level, size, seed])
+            where = f"{model}, ν {grid.results.noise[level]:g}, {grid.sizes[size]:,} users"
+    verdict = "holds" if abs(worst) < FLOOR_ERRORS else "FAILS"
+    return (
+        f"{verdict}: squared error against scores = squared error against their expectation + noise, so that no model "
+        f"is below the floor (largest deviation {worst:+.1f} standard errors, fewer than {FLOOR_ERRORS:g}: {where})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- table
+
+
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "chosen_score": ("chosen titles, observed score", "RMSE, MAE, Spearman pooled and within user"),
+    "chosen_expected": ("chosen titles, expected score", ""),
+    "chosen_satisfaction": ("chosen titles, satisfaction", ""),
+    "forced_expected": ("never-shown titles, expected score", ""),
+    "forced_satisfaction": ("never-shown titles, satisfaction", ""),
+}
+STATISTICS = {"rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "spearman_within": "within user"}
+
+
+def gain_table(grid: Grid, model: str) -> str:
+    """A row a noise level and log size: the gains, whether the seeds show them, and how near to the ceiling."""
+    gains = [gain_of(grid, model, measure.metric) for measure in MEASURES]
+    seen, share = seen_by_users(grid, model), explained(grid, model)
+    baseline = explained(grid, None)
+    floor = t_interval(grid.of_model(FLOOR, "chosen_score_rmse"))[0]
+    heads = "".join(f"<th>{escape(m.heading)}<small>{escape(m.unit)}</small></th>" for m in MEASURES)
+    head = (
+        f"<tr><th>users <small>events a title</small></th>{heads}<th>seen in one world</th>"
+        "<th>explained <small>baseline</small></th><th>floor <small>RMSE</small></th></tr>"
+    )
+    body, coverage = [], grid.events_per_title()
+    for level in range(len(grid.results.noise)):
+        rows = []
+        for k, size in enumerate(grid.sizes):
+            cells = "".join(_gain_cell(gain, level, k) for gain in gains)
+            rows.append(
+                f"<tr><th>{size:,} <small>{number(coverage[k], 0)}</small></th>{cells}<td>{_percent(seen[level, k])}</td>"
+                f"<td>{_percent(share[level, k])}<small>{_percent(baseline[level, k])}</small></td>"
+                f"<td>{number(floor[level, k])}</td></tr>"
+            )
+        heading = f'<tr class="level"><th colspan="{len(MEASURES) + 4}">{level_name(grid, level)}</th></tr>'
+        body.append(f"<tbody>{heading}{''.join(rows)}</tbody>")
+    return table(head, "".join(body), "headline")
+
+
+def explained(grid: Grid, model: str | None) -> FloatArray:
+    """(N, K): the share of the explainable variance of observed scores that a model explains, mean over seeds: 0 as
+    the log's mean, 1 as the exact expectation; of the better baseline for None."""
+    constant, floor = (grid.of_model(name, "chosen_score_rmse") ** 2 for name in (CONSTANT, FLOOR))
+    names = (model,) if model else BASELINES
+    error = np.min([grid.of_model(name, "chosen_score_rmse") ** 2 for name in names], axis=0)
+    return t_interval((constant - error) / np.where(constant > floor, constant - floor, np.nan))[0]
+
+
+def _gain_cell(gain: Gain, level: int, size: int) -> str:
+    if not np.isfinite(gain.mean[level, size]):
+        return "<td>–</td>"
+    verdict = gain.verdict(level, size)
+    words = {"gain": "gain", "loss": "loss", "none": "not significant", "?": "one seed"}
+    mark = ' class="best"' if verdict == "gain" else ""
+    p = "" if verdict == "?" else f", p = {gain.p[level, size]:.3f}"
+    said = signed(gain.mean[level, size], gain.half[level, size])
+    return f"<td{mark}>{said}<small>{words[verdict]}{p}</small></td>"
+
+
+def model_table(grid: Grid) -> str:
+    """Every model's errors and rank correlations, level by level and size by size."""
+    names = [f"{group}_{statistic}" for group in COLUMNS for statistic in STATISTICS]
+    means = {(a, n): t_interval(grid.of_model(a, n))[0] for a in grid.results.agents for n in names}
+    groups = "".join(f'<th colspan="{len(STATISTICS)}">{escape(title)}</th>' for title, _ in COLUMNS.values())
+    heads = "".join(f"<th>{title}</th>" for _ in COLUMNS for title in STATISTICS.values())
+    body = []
+    for level in range(len(grid.results.noise)):
+        for k, size in enumerate(grid.sizes):
+            title = f"{level_name(grid, level)} · {size:,} users"
+            body.append(f'<tbody><tr class="level"><th colspan="{len(names) + 1}">{title}</th></tr>')
+            for agent in grid.results.agents:
+                cells = "".join(f"<td>{number(means[agent, n][level, k])}</td>" for n in names)
+                body.append(f"<tr><th>{escape(agent)}</th>{cells}</tr>")
+            body.append("</tbody>")
+    return table(f"<tr><th></th>{groups}</tr><tr><th>model</th>{heads}</tr>", "".join(body))
+
+
+COVERED = {
+    "chosen_score_coverage": "score, chosen",
+    "forced_score_coverage": "score, never shown",
+    "chosen_expected_coverage": "expected score, chosen",
+    "forced_expected_coverage": "expected score, never shown",
+    "chosen_expected_bias": "bias, chosen",
+    "forced_expected_bias": "bias, never shown",
+}
+
+
+def coverage_table(grid: Grid, model: str) -> str:
+    """Coverage of the nominal 90 % intervals and the mean of prediction less expected score."""
+    means = {name: t_interval(grid.of_model(model, name))[0] for name in COVERED}
+    body = []
+    for level in range(len(grid.results.noise)):
+        heading = f'<tr class="level"><th colspan="{len(COVERED) + 1}">{level_name(grid, level)}</th></tr>'
+        rows = "".join(
+            f"<tr><th>{size:,}</th>" + "".join(f"<td>{number(means[n][level, k])}</td>" for n in COVERED) + "</tr>"
+            for k, size in enumerate(grid.sizes)
+        )
+        body.append(f"<tbody>{heading}{rows}</tbody>")
+    heads = "".join(f"<th>{title}</th>" for title in COVERED.values())
+    return table(f"<tr><th>users</th>{heads}</tr>", "".join(body))
+
+
+def level_name(grid: Grid, level: int) -> str:
+    """A noise level with its reliability."""
+    reliability = grid.results.reliability[level]
+    named = f", reliability {reliability:z.2f}" if np.isfinite(reliability) else ""
+    return f"ν = {grid.results.noise[level]:g}{named}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("-", "−") if np.isfinite(share) else "–"
+
+
+# --------------------------------------------------------------------------------------------------------- figure
+
+
+# From clean to noise: viridis cut before its yellow, which is too light on white; light and dark tell it to all eyes.
+COLOURS = ("#440154", "#31688e", "#1f9e89", "#b5a000", "#d55e00")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down")
+DODGE = 0.03
+"""Decades, between the whiskers of neighbouring noise levels."""
+
+
+def figure(grid: Grid, model: str, subtitle: str, name: str = "table1") -> Figure:
+    """A panel a measure: gain over the better baseline against log size, a line a noise level, hollow where the
+    interval includes 0."""
+    labels = [level_name(grid, level) for level in range(len(grid.results.noise))]
+    shown = [k for k in range(len(labels)) if k < len(COLOURS)]
+    colours = {labels[k]: COLOURS[_spread(k, len(shown))] for k in shown}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    panels = []
+    for number_of, measure in enumerate(MEASURES):
+        data = f"panel {number_of + 1}"
+        rows[data] = list(_points(grid, gain_of(grid, model, measure.metric), labels, shown))
+        panels.append(_panel(grid, measure, data, colours, labels))
+    chart = alt.vconcat(
+        alt.hconcat(*panels[:2], spacing=28), alt.hconcat(*panels[2:], spacing=28), spacing=22
+    ).resolve_scale(color="shared", shape="shared")
+    title = f"Table 1: gain of the reward model ({model}) over the better of the study's two baselines"
+    return Figure(name, title, finished(Drawing(chart, rows), title, subtitle))
+
+
+def _spread(k: int, n: int) -> int:
+    """Of few levels, colours that are far apart."""
+    return k if n < 2 else round(k * (len(COLOURS) - 1) / (n - 1))
+
+
+def _points(grid: Grid, gain: Gain, labels: Sequence[str], shown: Sequence[int]) -> Iterator[dict[str, Any]]:
+    middle = (len(shown) - 1) / 2
+    for level in shown:
+        for k, size in enumerate(grid.sizes):
+            mean, half = float(gain.mean[level, k]), float(gain.half[level, k])
+            if not np.isfinite(mean):
+                continue
+            known = bool(np.isfinite(half))
+            yield {
+                "level": labels[level],
+                "noise": float(grid.results.noise[level]),
+                "users": size,
+                "x": float(size * 10 ** (DODGE * (level - middle))),
+                "mean": mean,
+                "low": mean - half if known else None,
+                "high": mean + half if known else None,
+                "sure": "interval without 0" if known and abs(mean) > half else "interval includes 0, or one seed",
+                "verdict": gain.verdict(level, k),
+            }
+
+
+def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], labels: Sequence[str]) -> Any:
+    domain = [min(grid.sizes) / 1.5, max(grid.sizes) * 1.5]
+    ratio = float(np.nanmean(grid.events_per_title() / np.array(grid.sizes)))
+    axis = alt.Axis(
+        values=list(grid.sizes),
+        labelExpr=f"[format(datum.value, ','), format(datum.value * {ratio:g}, ',.0f')]",
+        grid=False,
+        labelOverlap=False,
+    )
+    x = alt.X(
+        "x:Q", scale=alt.Scale(type="log", domain=domain, nice=False), axis=axis,
+        title="training users (below: events a title)",
+    )  # fmt: skip
+    y_title = f"gain in {measure.unit}"
+    present = list(colours)
+    colour = alt.Color(
+        "level:N", title="noise", scale=alt.Scale(domain=present, range=list(colours.values())),
+        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80),
+    )  # fmt: skip
+    shape = alt.Shape(
+        "level:N", title="noise",
+        scale=alt.Scale(domain=present, range=[SHAPES[_spread(k, len(present))] for k in range(len(present))]),
+        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80),
+    )  # fmt: skip
+    tooltip = [
+        "level:N",
+        alt.Tooltip("users:Q", format=","),
+        alt.Tooltip("mean:Q", title=y_title, format="+.3f"),
+        alt.Tooltip("low:Q", format="+.3f"),
+        alt.Tooltip("high:Q", format="+.3f"),
+        alt.Tooltip("verdict:N", title="at 5 % after Holm"),
+    ]
+    base = alt.Chart(alt.NamedData(name=data)).encode(x=x, color=colour, tooltip=tooltip)
+    zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
+    whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.1, opacity=0.55, clip=True)
+    lines = base.mark_line(strokeWidth=1.8, clip=True).encode(y=alt.Y("mean:Q", title=y_title, scale=alt.Scale(zero=True)))
+    points = base.mark_point(size=62, strokeWidth=1.6, opacity=1, clip=True).encode(y="mean:Q", shape=shape)
+    filled = points.transform_filter("datum.sure === 'interval without 0'").encode(fill=colour)
+    hollow = points.transform_filter("datum.sure !== 'interval without 0'").encode(fill=alt.value("#ffffff"))
+    return alt.layer(zero, whiskers.encode(y=alt.Y("low:Q", title=y_title), y2="high:Q"), lines, hollow, filled).properties(
+        width=330, height=230, title=measure.heading
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- page
+
+
+HOW = """The study reports that its reward model had no significant gain over the user's mean and the title's mean in
+error on held-out events, from O(millions) of users. Left, above: that comparison here. Beside and below it, the same
+predictions against what the study could not see. Gains are RMSE of the better baseline (the better one on that very
+measure, in hindsight) less RMSE of the model on the same events, ± half of the 95 % Student-t interval over seeds;
+<i>gain</i> and <i>loss</i> are at 5 %, two-sided, after Holm's correction over all noise levels and log sizes of a
+model and measure. The last measure is the gain in Spearman's correlation within users, which no bias of the score
+touches."""
+
+EXPLAINED = """<b>Seen in one world</b>: the share of worlds in which a test over the users of that world alone (z above
+1.96), which is what a study of one data set has, finds the gain. <b>Explained</b>: of the variance of observed scores
+that could be explained at all, which is what the exact expectation explains; beside it the better baseline's.
+<b>Floor</b>: RMSE of the exact expectation, which no model can go below. Since squared errors add up to the floor's, a
+gain against the expectation shows in RMSE against scores only in proportion (RMSE to the expectation ÷ RMSE to the
+score), about: noise hides it without there being less of it."""
+
+COVERAGE_NOTE = """Nominal 90 %. Score: prediction ± the 90 % quantile of its errors on validation users, who chose
+their titles. Expected score: mean ± Student's t with M − 1 degrees of freedom × the members' deviation, the spread of
+one fit, which knows of no bias. Bias: prediction less expected score. What differs between chosen and never-shown
+titles is hidden confounding, and that models see only what was chosen."""
+
+CAPTION = """Hollow: the 95 % interval over seeds includes 0. Whiskers: that interval. Above left is all that a study
+of logged scores can see."""
+
+
+def page(config: Mapping[str, Any], parts: Sequence[str], lines: Sequence[str], script: str) -> str:
+    """The page.
+
+    Args:
+        config: of the run.
+        parts: HTML of each world.
+        lines: what must hold.
+        script: defines ``vegaEmbed``.
+    """
+    title = " · ".join(str(config[key]) for key in ("suite", "preset") if config.get(key))
+    marked = "".join(
+        f"<li><b>{escape(line)}</b></li>" if line.startswith("FAILS") else f"<li>{escape(line)}</li>" for line in lines
+    )
+    body = [
+        f"<h1>recsim_gr <span>{escape(title)}</span></h1><p class='note'>{HOW}</p>",
+        *parts,
+        f"<h3>Whatever the models learned</h3><ul>{marked}</ul>",
+        config_table(config, "Configuration of the run"),
+    ]
+    return document(title, body, script)
+
+
+def write_table1(run_dir: Path) -> tuple[Path, list[str]]:
+    """Writes ``report.html`` and ``figures/``; the page, and lines worth printing.
+
+    Raises:
+        RunDirectoryError: the run cannot be read, or is another suite's.
+    """
+    run = read_run(run_dir)
+    lines: list[str] = []
+    laws: list[str] = []
+    parts: list[str] = []
+    written: set[str] = set()
+    for name, results in run.worlds.items():
+        grid, noise_model = Grid.of(results), name.split(" · ")[-1]
+        subtitle = _subtitle(run.config, noise_model, results)
+        for model in grid.models:
+            file = "table1" + (f"-{len(written) + 1}" if written else "")
+            drawn = figure(grid, model, subtitle, file)
+            picture = write_figure(run_dir / "figures", file, drawn)
+            written.add(file)
+            parts += [
+                f"<h2>{escape(model)} head, {escape(noise_model)} noise</h2>",
+                figure_element(file, drawn, picture, CAPTION),
+                f"<p class='note'>{EXPLAINED}</p>" + gain_table(grid, model),
+                folded("Intervals", f"<p class='note'>{COVERAGE_NOTE}</p>" + coverage_table(grid, model)),
+            ]
+        parts.append(folded("All models: errors and rank correlations", model_table(grid)))
+        lines += summary(grid, noise_model)
+        laws += checks(grid, noise_model)
+    for failure in run.failures:
+        parts.append(f"<p class='note'>{escape(str(failure.get('cell')))}: {escape(str(failure.get('reason')))}</p>")
+    remove_stale(run_dir / "figures", ("table1",), written)
+    write_text(run_dir / "report.html", page(run.config, parts, laws, javascript()))
+    return run_dir / "report.html", lines
+
+
+def _subtitle(config: Mapping[str, Any], noise_model: str, results: Results) -> str:
+    n = len(results.seeds)
+    seeds = f"mean over {n} seeds, whiskers 95 % Student-t" if n > 1 else "one seed, so no interval"
+    facts = [f"{noise_model} noise", f"{config.get('test_contexts')} test users", seeds]
+    return " · ".join(facts)
