@@ -1,4 +1,4 @@
-"""What a reward model is measured by: errors, ranks and coverage on events, against what was seen and against the truth.
+"""What a reward model is measured by: errors, ranks and coverage, against what was seen and against the truth.
 
 Arrays are (U, L): users and the places of their events. Places without an event are False in ``valid``.
 """
@@ -168,9 +168,7 @@ def floor_statistic(
     return (float(cross.sum()) / error if error > 0 else 0.0), float(cross.sum()) / max(whole, 1e-12)
 
 
-def coverage(
-    target: FloatArray, centre: FloatArray, half_width: FloatArray | float, valid: NDArray[np.bool_]
-) -> float:
+def coverage(target: FloatArray, centre: FloatArray, half_width: FloatArray | float, valid: NDArray[np.bool_]) -> float:
     """The share of events whose target lies within ``centre ± half_width``."""
     return float((np.abs(target - centre) <= half_width)[valid].mean())
 

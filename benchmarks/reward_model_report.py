@@ -196,7 +196,8 @@ def gain_table(grid: Grid, model: str) -> str:
         for k, size in enumerate(grid.sizes):
             cells = "".join(_gain_cell(gain, level, k) for gain in gains)
             rows.append(
-                f"<tr><th>{size:,} <small>{number(coverage[k], 0)}</small></th>{cells}<td>{_percent(seen[level, k])}</td>"
+                f"<tr><th>{size:,} <small>{number(coverage[k], 0)}</small></th>{cells}"
+                f"<td>{_percent(seen[level, k])}</td>"
                 f"<td>{_percent(share[level, k])}<small>{_percent(baseline[level, k])}</small></td>"
                 f"<td>{number(floor[level, k])}</td></tr>"
             )
@@ -285,6 +286,7 @@ def _percent(share: float) -> str:
 # From clean to noise: viridis cut before its yellow, which is too light on white; light and dark tell it to all eyes.
 COLOURS = ("#440154", "#31688e", "#1f9e89", "#b5a000", "#d55e00")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down")
+SURE = "interval without 0"
 DODGE = 0.03
 """Decades, between the whiskers of neighbouring noise levels."""
 
@@ -300,7 +302,7 @@ def figure(grid: Grid, model: str, subtitle: str, name: str = "table1") -> Figur
     for number_of, measure in enumerate(MEASURES):
         data = f"panel {number_of + 1}"
         rows[data] = list(_points(grid, gain_of(grid, model, measure.metric), labels, shown))
-        panels.append(_panel(grid, measure, data, colours, labels))
+        panels.append(_panel(grid, measure, data, colours, _domain(rows[data])))
     chart = alt.vconcat(
         alt.hconcat(*panels[:2], spacing=28), alt.hconcat(*panels[2:], spacing=28), spacing=22
     ).resolve_scale(color="shared", shape="shared")
@@ -329,12 +331,21 @@ def _points(grid: Grid, gain: Gain, labels: Sequence[str], shown: Sequence[int])
                 "mean": mean,
                 "low": mean - half if known else None,
                 "high": mean + half if known else None,
-                "sure": "interval without 0" if known and abs(mean) > half else "interval includes 0, or one seed",
+                "sure": SURE if known and abs(mean) > half else "interval includes 0, or one seed",
                 "verdict": gain.verdict(level, k),
             }
 
 
-def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], labels: Sequence[str]) -> Any:
+def _domain(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of the vertical axis: all means and 0, and whiskers as far as half that range: longer ones are cut off."""
+    means = [0.0, *(row["mean"] for row in rows)]
+    reach = 0.5 * max(max(means) - min(means), 1e-3)
+    ends = [end for row in rows for end in (row["low"], row["high"]) if end is not None]
+    low, high = max(min([*means, *ends]), min(means) - reach), min(max([*means, *ends]), max(means) + reach)
+    return [low - 0.1 * reach, high + 0.1 * reach]
+
+
+def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], y_domain: list[float]) -> Any:
     domain = [min(grid.sizes) / 1.5, max(grid.sizes) * 1.5]
     ratio = float(np.nanmean(grid.events_per_title() / np.array(grid.sizes)))
     axis = alt.Axis(
@@ -351,12 +362,12 @@ def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], 
     present = list(colours)
     colour = alt.Color(
         "level:N", title="noise", scale=alt.Scale(domain=present, range=list(colours.values())),
-        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80),
+        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80, symbolOpacity=1),
     )  # fmt: skip
     shape = alt.Shape(
         "level:N", title="noise",
         scale=alt.Scale(domain=present, range=[SHAPES[_spread(k, len(present))] for k in range(len(present))]),
-        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80),
+        legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80, symbolOpacity=1),
     )  # fmt: skip
     tooltip = [
         "level:N",
@@ -367,15 +378,16 @@ def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], 
         alt.Tooltip("verdict:N", title="at 5 % after Holm"),
     ]
     base = alt.Chart(alt.NamedData(name=data)).encode(x=x, color=colour, tooltip=tooltip)
+    y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=y_domain, nice=False))
+    low = alt.Y("low:Q", title=y_title)
     zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
     whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.1, opacity=0.55, clip=True)
-    lines = base.mark_line(strokeWidth=1.8, clip=True).encode(y=alt.Y("mean:Q", title=y_title, scale=alt.Scale(zero=True)))
-    points = base.mark_point(size=62, strokeWidth=1.6, opacity=1, clip=True).encode(y="mean:Q", shape=shape)
-    filled = points.transform_filter("datum.sure === 'interval without 0'").encode(fill=colour)
-    hollow = points.transform_filter("datum.sure !== 'interval without 0'").encode(fill=alt.value("#ffffff"))
-    return alt.layer(zero, whiskers.encode(y=alt.Y("low:Q", title=y_title), y2="high:Q"), lines, hollow, filled).properties(
-        width=330, height=230, title=measure.heading
-    )
+    lines = base.mark_line(strokeWidth=1.8, clip=True).encode(y=y)
+    points = base.mark_point(size=62, strokeWidth=1.6, opacity=1, clip=True).encode(y=y, shape=shape)
+    filled = points.transform_filter(f"datum.sure === '{SURE}'").encode(fill=colour)
+    hollow = points.transform_filter(f"datum.sure !== '{SURE}'").encode(fill=alt.value("#ffffff"))
+    layers = alt.layer(zero, whiskers.encode(y=low, y2="high:Q"), lines, hollow, filled)
+    return layers.properties(width=330, height=230, title=measure.heading)
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -464,6 +476,10 @@ def write_table1(run_dir: Path) -> tuple[Path, list[str]]:
 
 def _subtitle(config: Mapping[str, Any], noise_model: str, results: Results) -> str:
     n = len(results.seeds)
-    seeds = f"mean over {n} seeds, whiskers 95 % Student-t" if n > 1 else "one seed, so no interval"
+    seeds = (
+        f"mean over {n} seeds, whiskers 95 % Student-t, hollow where they include 0"
+        if n > 1
+        else "one seed, so no interval"
+    )
     facts = [f"{noise_model} noise", f"{config.get('test_contexts')} test users", seeds]
     return " · ".join(facts)
