@@ -18,6 +18,7 @@ from recsim_gr.benchmarks.experiment import (
     seconds_per_step,
 )
 from recsim_gr.benchmarks.reward_model_measures import (
+    ADDITIVE,
     CONSTANT,
     FLOOR,
     Exposures,
@@ -65,6 +66,9 @@ class RewardModelConfig(ExperimentConfig):
     """The log size that the schedules are written for; another has √(n / this) times their steps and warm-up: a
     64-fold log is gone through 8 times as long, by 8 times fewer passes. The kept state is the best on validation
     users, whatever the size."""
+    checks: int = 16
+    """Of the schedules here, on validation users: two to four times as many as elsewhere, since a small log is
+    overfitted within a few passes, and the best state lies between two of the usual checks, or before the first."""
     stretch: float = 1.0
     """Times the steps of everything: 4 says whether what is found is owed to short training."""
 
@@ -76,13 +80,14 @@ class RewardModelConfig(ExperimentConfig):
         known = bool(self.forms) and set(self.forms) <= set(FORMS) and len(set(self.forms)) == len(self.forms)
         require(known, self, "forms", f"of {', '.join(FORMS)}, no repeats")
         require(self.steps_for_users >= 1, self, "steps_for_users", "at least 1")
+        require(self.checks >= 1, self, "checks", "at least 1")
         require(self.stretch > 0, self, "stretch", "positive")
 
     def schedule(self, training: TrainingConfig, n_users: int) -> TrainingConfig:
         """A schedule drawn out, or cut, for a log of that size."""
         factor = self.stretch * float(np.sqrt(n_users / self.steps_for_users))
-        steps = max(training.checks, round(training.steps * factor))
-        return replace(training, steps=steps, warmup_steps=round(training.warmup_steps * factor))
+        steps = max(self.checks, round(training.steps * factor))
+        return replace(training, steps=steps, warmup_steps=round(training.warmup_steps * factor), checks=self.checks)
 
 
 SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
@@ -104,6 +109,7 @@ class RewardModel(Suite):
             seeds=(0, 1),
             log_sizes=(40, 120),
             steps_for_users=120,
+            checks=2,
             n_titles=40,
             history_length=6,
             validation_users=40,
@@ -254,7 +260,7 @@ class Bench:
                 CONSTANT: np.full(title.shape, mean),
                 "UserMean": user,
                 "TitleMean": title,
-                "Additive": title + above,
+                ADDITIVE: title + above,
                 FLOOR: exposures.targets["expected"],
             }
         return made

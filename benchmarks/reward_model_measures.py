@@ -23,6 +23,10 @@ TARGETS = ("score", "expected", "satisfaction")
 BASELINES = ("UserMean", "TitleMean")
 """The study's two."""
 
+ADDITIVE = "Additive"
+"""The two means together, which the study does not have: a title's mean and by how much the user scored above the
+titles' means so far."""
+
 FLOOR, CONSTANT = "ExpectedScore", "GlobalMean"
 """The exact expectation, which no model beats on observed scores, and the mean of the training log."""
 
@@ -177,10 +181,11 @@ def measures(predictions: Mapping[str, FloatArray], exposures: Exposures) -> dic
     """All figures of each model on one set of exposures: model to ``TARGET_STATISTIC``.
 
     Models but for the baselines have also their gain in RMSE over the better of `BASELINES` on that very target (an
-    opponent chosen in hindsight, so that no gain is owed to the weaker one), with its standard error over users.
+    opponent chosen in hindsight, so that no gain is owed to the weaker one), with its standard error over users, and
+    over `ADDITIVE`.
 
     Args:
-        predictions: model to (U, L); the two baselines among them.
+        predictions: model to (U, L); the baselines among them.
         exposures: where.
     """
     found: dict[str, dict[str, float]] = {model: {} for model in predictions}
@@ -193,6 +198,7 @@ def measures(predictions: Mapping[str, FloatArray], exposures: Exposures) -> dic
         for model, predicted in predictions.items():
             if model not in BASELINES:
                 gain, error = rmse_gain(predicted, predictions[best], target, exposures.valid)
-                found[model] |= {f"{name}_gain": gain, f"{name}_gain_se": error}
+                further = found[ADDITIVE][f"{name}_rmse"] - found[model][f"{name}_rmse"]
+                found[model] |= {f"{name}_gain": gain, f"{name}_gain_se": error, f"{name}_additive_gain": further}
                 found[model][f"{name}_rank_gain"] = found[model][f"{name}_spearman_within"] - ranked
     return found

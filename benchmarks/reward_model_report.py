@@ -12,7 +12,7 @@ import numpy as np
 from recsim_gr.benchmarks.charts import Drawing, Figure, finished
 from recsim_gr.benchmarks.page import config_table, document, figure_element, folded, number, signed, table
 from recsim_gr.benchmarks.report import javascript, read_run, remove_stale, write_figure
-from recsim_gr.benchmarks.reward_model_measures import BASELINES, CONSTANT, FLOOR
+from recsim_gr.benchmarks.reward_model_measures import ADDITIVE, BASELINES, CONSTANT, FLOOR
 from recsim_gr.benchmarks.statistics import WORLD, FloatArray, Results, holm, t_interval, t_test
 from recsim_gr.errors import RunDirectoryError
 from recsim_gr.files import write_text
@@ -43,6 +43,10 @@ MEASURES = (
 """What the study could see first; then the truth of the same, and what nobody could see."""
 
 
+BEYOND = Measure("chosen_score_additive_gain", "observed score, over both means added up", "RMSE, points")
+"""Not the study's question: is there more than the user and the title apart? In the table, not in the picture."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """A run's results by log size.
@@ -66,7 +70,7 @@ class Grid:
         """
         names = [metric.rpartition("@") for metric in results.metrics()]
         sizes = sorted({int(size) for name, at, size in names if at and size.isdigit()})
-        models = [a for a in results.agents if a not in (*BASELINES, CONSTANT, FLOOR, "Additive")]
+        models = [a for a in results.agents if a not in (*BASELINES, CONSTANT, FLOOR, ADDITIVE)]
         if not sizes or not models:
             raise RunDirectoryError("the results hold no reward model by log size; run suite reward_model again")
         return cls(results, tuple(sizes), tuple(models))
@@ -122,7 +126,7 @@ def summary(grid: Grid, noise_model: str) -> list[str]:
 
 
 def _reading(grid: Grid, model: str) -> Iterator[str]:
-    for measure in MEASURES:
+    for measure in (*MEASURES, BEYOND):
         gain = gain_of(grid, model, measure.metric)
         said = {verdict: [] for verdict in ("gain", "none", "loss", "?")}  # type: dict[str, list[str]]
         for level, noise in enumerate(grid.results.noise):
@@ -181,11 +185,12 @@ STATISTICS = {"rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "spearman_wi
 
 def gain_table(grid: Grid, model: str) -> str:
     """A row a noise level and log size: the gains, whether the seeds show them, and how near to the ceiling."""
-    gains = [gain_of(grid, model, measure.metric) for measure in MEASURES]
+    measures = (*MEASURES, BEYOND)
+    gains = [gain_of(grid, model, measure.metric) for measure in measures]
     seen, share = seen_by_users(grid, model), explained(grid, model)
     baseline = explained(grid, None)
     floor = t_interval(grid.of_model(FLOOR, "chosen_score_rmse"))[0]
-    heads = "".join(f"<th>{escape(m.heading)}<small>{escape(m.unit)}</small></th>" for m in MEASURES)
+    heads = "".join(f"<th>{escape(m.heading)}<small>{escape(m.unit)}</small></th>" for m in measures)
     head = (
         f"<tr><th>users <small>events a title</small></th>{heads}<th>seen in one world</th>"
         "<th>explained <small>baseline</small></th><th>floor <small>RMSE</small></th></tr>"
@@ -201,7 +206,7 @@ def gain_table(grid: Grid, model: str) -> str:
                 f"<td>{_percent(share[level, k])}<small>{_percent(baseline[level, k])}</small></td>"
                 f"<td>{number(floor[level, k])}</td></tr>"
             )
-        heading = f'<tr class="level"><th colspan="{len(MEASURES) + 4}">{level_name(grid, level)}</th></tr>'
+        heading = f'<tr class="level"><th colspan="{len(measures) + 4}">{level_name(grid, level)}</th></tr>'
         body.append(f"<tbody>{heading}{''.join(rows)}</tbody>")
     return table(head, "".join(body), "headline")
 
@@ -369,7 +374,7 @@ def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], 
         scale=alt.Scale(domain=present, range=[SHAPES[_spread(k, len(present))] for k in range(len(present))]),
         legend=alt.Legend(orient="right", labelLimit=260, symbolSize=80, symbolOpacity=1),
     )  # fmt: skip
-    tooltip = [
+    tooltip: list[Any] = [
         "level:N",
         alt.Tooltip("users:Q", format=","),
         alt.Tooltip("mean:Q", title=y_title, format="+.3f"),

@@ -175,6 +175,8 @@ def test_figures_of_a_cell_are_those_of_loops_over_its_events(benches: dict[int,
     best = min(found[model]["chosen_score_rmse"] for model in BASELINES)
     shallow = found["Shallow"]
     assert shallow["chosen_score_gain"] == pytest.approx(best - shallow["chosen_score_rmse"])
+    further = found["Additive"]["chosen_score_rmse"] - shallow["chosen_score_rmse"]
+    assert shallow["chosen_score_additive_gain"] == pytest.approx(further)
     assert found[FLOOR]["chosen_expected_rmse"] == 0
     assert found[FLOOR]["forced_expected_spearman"] == pytest.approx(1)
     assert found[FLOOR]["chosen_score_rmse"] < min(found[m]["chosen_score_rmse"] for m in found if m not in ("", FLOOR))
@@ -232,7 +234,13 @@ def by_hand(gains: list[list[list[float]]], floor_z: float = 0.5) -> Grid:
     values: dict[tuple[str, str], Any] = {}
     for k, size in enumerate((100, 1_000)):
         here = np.array(gains)[:, k]
-        for metric in ("chosen_score", "chosen_expected", "forced_expected", "forced_satisfaction_rank"):
+        for metric in (
+            "chosen_score",
+            "chosen_expected",
+            "forced_expected",
+            "forced_satisfaction_rank",
+            "chosen_score_additive",
+        ):
             values["Shallow", f"{metric}_gain@{size}"] = here
         values["Shallow", f"chosen_score_gain_se@{size}"] = np.full(here.shape, 0.01)
         values["Shallow", f"floor_z@{size}"] = np.full(here.shape, floor_z)
