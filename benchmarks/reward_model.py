@@ -70,7 +70,8 @@ class RewardModelConfig(ExperimentConfig):
     """Of the schedules here, on validation users: two to four times as many as elsewhere, since a small log is
     overfitted within a few passes, and the best state lies between two of the usual checks, or before the first."""
     stretch: float = 1.0
-    """Times the steps of everything: 4 says whether what is found is owed to short training."""
+    """Times the steps of everything. With 4, which preset ``full`` has, clean scores are learned better (at ν = 0 and
+    4,000 users an RMSE lower by some .03), noisy ones are not (the best state comes early), and no verdict changes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +103,9 @@ class RewardModel(Suite):
     name = "reward_model"
     presets: ClassVar[dict[str, Any]] = {
         "quick": RewardModelConfig(),
-        "full": RewardModelConfig(preset="full", seeds=tuple(range(10)), log_sizes=(250, 1_000, 4_000, 16_000, 64_000)),
+        "full": RewardModelConfig(
+            preset="full", seeds=tuple(range(10)), log_sizes=(250, 1_000, 4_000, 16_000, 64_000), stretch=4.0
+        ),
         "smoke": RewardModelConfig(
             preset="smoke",
             noise_levels=(0.0, 1.0),

@@ -92,12 +92,25 @@ class Gain(NamedTuple):
     p: FloatArray
 
     def verdict(self, noise: int, size: int) -> str:
-        """``gain``, ``loss`` or ``none`` at 5 % after Holm; ``?`` where one seed tells nothing."""
-        if not np.isfinite(self.p[noise, size]):
+        """A key of `VERDICTS`."""
+        mean, half, p = (float(values[noise, size]) for values in self)
+        if not np.isfinite(p):
             return "?"
-        if self.p[noise, size] > SIGNIFICANT:
+        if abs(mean) <= half:
             return "none"
-        return "gain" if self.mean[noise, size] > 0 else "loss"
+        way = "gain" if mean > 0 else "loss"
+        return way if p <= SIGNIFICANT else f"{way}?"
+
+
+VERDICTS = {
+    "gain": "gain",
+    "gain?": "gain by its own interval, not after Holm",
+    "none": "no significant gain",
+    "loss?": "loss by its own interval, not after Holm",
+    "loss": "loss",
+    "?": "untested, one seed",
+}
+"""At 5 %: after Holm's correction; by the 95 % interval alone, which allows for no other cell; by neither."""
 
 
 def gain_of(grid: Grid, model: str, metric: str) -> Gain:
@@ -128,13 +141,12 @@ def summary(grid: Grid, noise_model: str) -> list[str]:
 def _reading(grid: Grid, model: str) -> Iterator[str]:
     for measure in (*MEASURES, BEYOND):
         gain = gain_of(grid, model, measure.metric)
-        said = {verdict: [] for verdict in ("gain", "none", "loss", "?")}  # type: dict[str, list[str]]
+        said: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
         for level, noise in enumerate(grid.results.noise):
             for k, size in enumerate(grid.sizes):
                 if np.isfinite(gain.mean[level, k]):
                     said[gain.verdict(level, k)].append(f"ν {noise:g} × {size:,}")
-        words = {"gain": "gain", "none": "no significant gain", "loss": "loss", "?": "untested (one seed)"}
-        parts = [f"{words[v]}: {', '.join(cells)}" for v, cells in said.items() if cells]
+        parts = [f"{VERDICTS[verdict]}: {', '.join(cells)}" for verdict, cells in said.items() if cells]
         yield f"{model}, {measure.heading} ({measure.unit}): " + "; ".join(parts)
 
 
@@ -220,15 +232,24 @@ def explained(grid: Grid, model: str | None) -> FloatArray:
     return t_interval((constant - error) / np.where(constant > floor, constant - floor, np.nan))[0]
 
 
+CELL_WORDS = {
+    "gain": "gain",
+    "gain?": "gain, not after Holm",
+    "none": "not significant",
+    "loss?": "loss, not after Holm",
+    "loss": "loss",
+    "?": "one seed",
+}
+
+
 def _gain_cell(gain: Gain, level: int, size: int) -> str:
     if not np.isfinite(gain.mean[level, size]):
         return "<td>–</td>"
     verdict = gain.verdict(level, size)
-    words = {"gain": "gain", "loss": "loss", "none": "not significant", "?": "one seed"}
     mark = ' class="best"' if verdict == "gain" else ""
     p = "" if verdict == "?" else f", p = {gain.p[level, size]:.3f}"
     said = signed(gain.mean[level, size], gain.half[level, size])
-    return f"<td{mark}>{said}<small>{words[verdict]}{p}</small></td>"
+    return f"<td{mark}>{said}<small>{CELL_WORDS[verdict]}{p}</small></td>"
 
 
 def model_table(grid: Grid) -> str:
@@ -399,12 +420,14 @@ def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], 
 
 
 HOW = """The study reports that its reward model had no significant gain over the user's mean and the title's mean in
-error on held-out events, from O(millions) of users. Left, above: that comparison here. Beside and below it, the same
+error on held-out events, from O(millions) of users. Above left: that comparison here. Beside and below it, the same
 predictions against what the study could not see. Gains are RMSE of the better baseline (the better one on that very
 measure, in hindsight) less RMSE of the model on the same events, ± half of the 95 % Student-t interval over seeds;
 <i>gain</i> and <i>loss</i> are at 5 %, two-sided, after Holm's correction over all noise levels and log sizes of a
-model and measure. The last measure is the gain in Spearman's correlation within users, which no bias of the score
-touches."""
+model and measure, which asks much of three seeds; <i>not after Holm</i>: the cell's own interval excludes 0. The gain
+in Spearman's correlation within users is one that no bias of the score touches. The last gain is over a baseline that
+the study does not have, the title's mean and the user's own above it added up: where it is 0, the model knows users and
+titles apart, but nothing of this user with this title."""
 
 EXPLAINED = """<b>Seen in one world</b>: the share of worlds in which a test over the users of that world alone (z above
 1.96), which is what a study of one data set has, finds the gain. <b>Explained</b>: of the variance of observed scores
