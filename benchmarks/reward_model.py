@@ -70,8 +70,9 @@ class RewardModelConfig(ExperimentConfig):
     """Of the schedules here, on validation users: two to four times as many as elsewhere, since a small log is
     overfitted within a few passes, and the best state lies between two of the usual checks, or before the first."""
     stretch: float = 1.0
-    """Times the steps of everything. With 4, which preset ``full`` has, clean scores are learned better (at ν = 0 and
-    4,000 users an RMSE lower by some .03), noisy ones are not (the best state comes early), and no verdict changes."""
+    """Times the steps of everything. With 4, as in preset ``full``, clean scores are learned markedly better (ν = 0 and
+    4,000 users: RMSE .696 to .645, as much as four times the users bring), noisy ones are not (ν = .6: 1.262 to 1.263,
+    the best state comes early): at ν = 0 preset ``quick`` understates the gain."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
