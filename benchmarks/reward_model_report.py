@@ -147,7 +147,8 @@ def _reading(grid: Grid, model: str) -> Iterator[str]:
                 if np.isfinite(gain.mean[level, k]):
                     said[gain.verdict(level, k)].append(f"ν {noise:g} × {size:,}")
         parts = [f"{VERDICTS[verdict]}: {', '.join(cells)}" for verdict, cells in said.items() if cells]
-        yield f"{model}, {measure.heading} ({measure.unit}): " + "; ".join(parts)
+        if parts:
+            yield f"{model}, {measure.heading} ({measure.unit}): " + "; ".join(parts)
 
 
 def checks(grid: Grid, noise_model: str) -> list[str]:

@@ -27,6 +27,7 @@ from recsim_gr.benchmarks.reward_model_measures import (
 from recsim_gr.benchmarks.reward_model_report import Grid, checks, figure, gain_of, gain_table, summary
 from recsim_gr.benchmarks.runner import run
 from recsim_gr.benchmarks.statistics import WORLD, Results
+from recsim_gr.cli import main
 from recsim_gr.errors import ConfigError, RunDirectoryError
 from recsim_gr.pretraining import pretrain
 from recsim_gr.rewards import fit_reward_ensemble
@@ -295,6 +296,16 @@ def test_a_small_run_from_end_to_end_that_goes_on_where_it_stopped(tmp_path: Pat
     run(suite, tmp_path / "run", 1, Console(file=told))
     assert "1 of 2 cells are finished already" in told.getvalue()
     assert (tmp_path / "run" / "results.parquet").read_bytes() == before
+
+
+def test_log_sizes_are_an_option_of_this_suite_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--log-sizes", "30", "50", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(["run", "reward_model", "--preset", "smoke", "--seeds", "3", *options]) == 0
+    told = capsys.readouterr().out
+    assert "noise-0-seed-3-users-30" in told
+    assert "noise-1-seed-3-users-50" in told
+    assert main(["run", "landscape", *options]) == 2
+    assert "--log-sizes" in capsys.readouterr().err
 
 
 def test_a_table_of_another_suite_is_refused() -> None:
