@@ -32,7 +32,7 @@ from recsim_gr.benchmarks.reward_model_measures import (
 from recsim_gr.benchmarks.reward_model_report import write_table1
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
-from recsim_gr.histories import Histories
+from recsim_gr.histories import Batch, Histories
 from recsim_gr.log import InteractionLog
 from recsim_gr.prefixes import negative_log_likelihood, prefix_states
 from recsim_gr.pretraining import pretrain_with_record
@@ -46,8 +46,13 @@ from recsim_gr.rewards import (
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
 
-FORMS = {"shallow": "Shallow"}
+MODELS = {"shallow": "Shallow", "appended": "Appended"}
 """Forms of the head, and the names of their models in the table."""
+
+HAS_FORMS = any(field.name == "form" for field in fields(RewardEnsembleConfig))
+"""Whether the ensemble can be asked for a form; where it cannot, it has the shallow one."""
+
+FORMS = tuple(MODELS) if HAS_FORMS else ("shallow",)
 
 COVERAGE = 0.9
 """Nominal, of the intervals."""
@@ -60,7 +65,7 @@ class RewardModelConfig(ExperimentConfig):
     log_sizes: tuple[int, ...] = (250, 1_000, 4_000, 16_000)
     """Training users: with 20 events each and 200 titles, 25 to 1,600 events a title. A smaller log is the first users
     of a larger one. A replayed world has no more than its own."""
-    forms: tuple[str, ...] = tuple(FORMS)
+    forms: tuple[str, ...] = FORMS
     """Of the head."""
     steps_for_users: int = 4_000
     """The log size that the schedules are written for; another has √(n / this) times their steps and warm-up: a
@@ -223,7 +228,7 @@ class Bench:
         predictions, costs = self.baselines(), {}
         for k, form in enumerate(config.forms):
             notify(0.4 + 0.55 * k / len(config.forms), form)
-            model, start = FORMS[form], time.perf_counter()
+            model, start = MODELS[form], time.perf_counter()
             ensemble = fit_reward_ensemble(self.log, backbone, self.rewards_config(form), self.validation, seed)
             costs[model] = {
                 "fit_seconds": time.perf_counter() - start,
@@ -248,7 +253,7 @@ class Bench:
         """Of the ensemble in one form, its schedule fit to the log."""
         rewards = self.config.rewards
         changes: dict[str, Any] = {"training": self.config.schedule(rewards.training, self.log_size)}
-        if any(field.name == "form" for field in fields(rewards)):
+        if HAS_FORMS:
             changes["form"] = form
         return replace(rewards, **changes)
 
@@ -281,14 +286,21 @@ def _own_mean_above_titles(histories: Histories, by_title: FloatArray) -> FloatA
 @torch.no_grad()
 def predicted_by_members(ensemble: RewardEnsemble, histories: Histories, titles: np.ndarray) -> FloatArray:
     """(M, U, L): each member's score of one title a place, given the history before that place."""
-    which, parts = torch.from_numpy(titles), []
-    for batch in histories.chunks():
-        each = [
-            member.head.at(prefix_states(member.backbone, batch), which[batch.rows], member.backbone)
-            for member in ensemble.members
-        ]
-        parts.append(torch.stack(each))
+    which = torch.from_numpy(titles)
+    parts = [
+        torch.stack([_at(member, batch, which[batch.rows]) for member in ensemble.members])
+        for batch in histories.chunks()
+    ]
     return torch.cat(parts, dim=1).numpy().astype(np.float64)
+
+
+def _at(member: Any, batch: Batch, titles: torch.Tensor) -> torch.Tensor:
+    """(B, T): a member's score of one title a place. Members of more than one form know how themselves."""
+    if hasattr(member, "at"):
+        scores: torch.Tensor = member.at(batch, titles)
+        return scores
+    at: torch.Tensor = member.head.at(prefix_states(member.backbone, batch), titles, member.backbone)
+    return at
 
 
 def _validation_quantile(ensemble: RewardEnsemble, validation: InteractionLog) -> float:

@@ -284,7 +284,7 @@ def test_a_small_run_from_end_to_end_that_goes_on_where_it_stopped(tmp_path: Pat
     assert '<figure id="table1">' in page
     assert "never-shown titles" in page
     assert "default-src 'none'" in page
-    assert {path.name for path in (tmp_path / "run" / "figures").iterdir()} == {"table1.svg", "table1.png"}
+    assert {"table1.svg", "table1.png"} <= {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert not [line for line in outcome.lines if line.startswith("FAILS")]
     (results,) = read_results(tmp_path / "run" / "results.parquet").values()
     grid = Grid.of(results)
