@@ -54,6 +54,8 @@ class Run:
     """Events of a history."""
     n_users: int | None = None
     """Training users."""
+    log_sizes: tuple[int, ...] | None = None
+    """Training users of each reward model of suite reward_model, ascending."""
     test_contexts: int | None = None
     """Test users."""
     jobs: tuple[str, ...] | None = None
