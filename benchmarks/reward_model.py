@@ -1,13 +1,11 @@
 """Suite ``reward_model``: the study's Table 1, the reward model against two means, with the truth beside it."""
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from scipy import stats
 
 from recsim_gr import __version__, configs
 from recsim_gr.benchmarks.experiment import (
@@ -18,13 +16,11 @@ from recsim_gr.benchmarks.experiment import (
     seconds_per_step,
 )
 from recsim_gr.benchmarks.reward_model_measures import (
-    ADDITIVE,
     CONSTANT,
     FLOOR,
     Exposures,
     FloatArray,
     chosen_exposures,
-    coverage,
     floor_statistic,
     forced_exposures,
     measures,
@@ -32,27 +28,18 @@ from recsim_gr.benchmarks.reward_model_measures import (
 from recsim_gr.benchmarks.reward_model_report import write_table1
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
-from recsim_gr.histories import Batch, Histories
-from recsim_gr.log import InteractionLog
-from recsim_gr.prefixes import negative_log_likelihood, prefix_states
+from recsim_gr.histories import Histories
+from recsim_gr.prefixes import negative_log_likelihood
 from recsim_gr.pretraining import pretrain_with_record
-from recsim_gr.rewards import (
-    RewardEnsemble,
-    RewardEnsembleConfig,
-    fit_reward_ensemble,
-    title_mean_baseline,
-    user_mean_baseline,
-)
+from recsim_gr.reward_baselines import BASELINES
+from recsim_gr.reward_heads import FORMS
+from recsim_gr.reward_intervals import Prediction
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
 
 MODELS = {"shallow": "Shallow", "appended": "Appended"}
 """Forms of the head, and the names of their models in the table."""
-
-HAS_FORMS = any(field.name == "form" for field in fields(RewardEnsembleConfig))
-"""Whether the ensemble can be asked for a form; where it cannot, it has the shallow one."""
-
-FORMS = tuple(MODELS) if HAS_FORMS else ("shallow",)
 
 COVERAGE = 0.9
 """Nominal, of the intervals."""
@@ -65,7 +52,7 @@ class RewardModelConfig(ExperimentConfig):
     log_sizes: tuple[int, ...] = (250, 1_000, 4_000, 16_000)
     """Training users: with 20 events each and 200 titles, 25 to 1,600 events a title. A smaller log is the first users
     of a larger one. A replayed world has no more than its own."""
-    forms: tuple[str, ...] = FORMS
+    forms: tuple[str, ...] = tuple(FORMS)
     """Of the head."""
     steps_for_users: int = 4_000
     """The log size that the schedules are written for; another has √(n / this) times their steps and warm-up: a
@@ -235,11 +222,10 @@ class Bench:
                 "gradient_steps": float(sum(record.steps for record in ensemble.records)),
             }
             found[model] = {"best_step_share": _best_step_share(ensemble)}
-            error = _validation_quantile(ensemble, self.validation)
             for place, exposures in self.exposures.items():
-                each = predicted_by_members(ensemble, self.histories, exposures.titles)
-                predictions[place][model] = each.mean(axis=0)
-                found[model] |= _coverage_figures(place, exposures, each, error)
+                said = ensemble.at(self.histories, exposures.titles)
+                predictions[place][model] = said.mean.astype(np.float64)
+                found[model] |= _coverage_figures(place, exposures, ensemble, said)
         for place, exposures in self.exposures.items():
             for model, figures in measures(predictions[place], exposures).items():
                 found.setdefault(model, {}).update({f"{place}_{name}": value for name, value in figures.items()})
@@ -252,80 +238,34 @@ class Bench:
     def rewards_config(self, form: str) -> RewardEnsembleConfig:
         """Of the ensemble in one form, its schedule fit to the log."""
         rewards = self.config.rewards
-        changes: dict[str, Any] = {"training": self.config.schedule(rewards.training, self.log_size)}
-        if HAS_FORMS:
-            changes["form"] = form
-        return replace(rewards, **changes)
+        return replace(rewards, form=form, training=self.config.schedule(rewards.training, self.log_size))
 
     def baselines(self) -> dict[str, dict[str, FloatArray]]:
         """Exposure to model to (U, L): means of the log and of the user's scores so far, and the exact expectation."""
-        mean, by_title = float(self.log.score.mean()), title_mean_baseline(self.log)
-        user = user_mean_baseline(self.histories, mean).numpy().astype(np.float64)
-        above = _own_mean_above_titles(self.histories, by_title)
-        made = {}
+        mean, made = float(self.log.score.mean()), {}
+        fitted = {kind.__name__: kind.fit(self.log) for kind in BASELINES}
         for place, exposures in self.exposures.items():
-            title = by_title[exposures.titles]
-            made[place] = {
-                CONSTANT: np.full(title.shape, mean),
-                "UserMean": user,
-                "TitleMean": title,
-                ADDITIVE: title + above,
-                FLOOR: exposures.targets["expected"],
+            said = {
+                name: model.mean_at(self.histories, exposures.titles).astype(np.float64)
+                for name, model in fitted.items()
             }
+            floor = exposures.targets["expected"]
+            made[place] = {CONSTANT: np.full(floor.shape, mean), **said, FLOOR: floor}
         return made
 
 
-def _own_mean_above_titles(histories: Histories, by_title: FloatArray) -> FloatArray:
-    """(U, L): by how much a user scored above the titles' means so far, shrunk to 0: the additive model's user part."""
-    above = Histories(histories.observations)
-    titles = np.where(above.valid.numpy(), histories.observations.titles, 0)
-    above.scores = above.scores - torch.from_numpy(by_title[titles]).float()
-    return user_mean_baseline(above, 0.0).numpy().astype(np.float64)
-
-
-@torch.no_grad()
-def predicted_by_members(ensemble: RewardEnsemble, histories: Histories, titles: np.ndarray) -> FloatArray:
-    """(M, U, L): each member's score of one title a place, given the history before that place."""
-    which = torch.from_numpy(titles)
-    parts = [
-        torch.stack([_at(member, batch, which[batch.rows]) for member in ensemble.members])
-        for batch in histories.chunks()
-    ]
-    return torch.cat(parts, dim=1).numpy().astype(np.float64)
-
-
-def _at(member: Any, batch: Batch, titles: torch.Tensor) -> torch.Tensor:
-    """(B, T): a member's score of one title a place. Members of more than one form know how themselves."""
-    if hasattr(member, "at"):
-        scores: torch.Tensor = member.at(batch, titles)
-        return scores
-    at: torch.Tensor = member.head.at(prefix_states(member.backbone, batch), titles, member.backbone)
-    return at
-
-
-def _validation_quantile(ensemble: RewardEnsemble, validation: InteractionLog) -> float:
-    """Half the width of an interval that covers `COVERAGE` of the scores that validation users gave what they chose."""
-    histories = Histories(validation)
-    titles = np.where(histories.valid.numpy(), histories.observations.titles, 0)
-    mean = predicted_by_members(ensemble, histories, titles).mean(axis=0)
-    errors = np.abs(mean - histories.observations.scores)[histories.valid.numpy()]
-    return float(np.quantile(errors, COVERAGE))
-
-
-def _coverage_figures(place: str, exposures: Exposures, each: FloatArray, score_half: float) -> dict[str, float]:
-    """Coverage of the score by what validation errors allow, and of its expectation by the members' spread.
-
-    The second is Student's t with M − 1 degrees of freedom, on one member's deviation: members are resamples of the
-    users, so that their spread is that of one fit.
-    """
-    mean, deviation = each.mean(axis=0), each.std(axis=0, ddof=1)
-    half = stats.t.ppf(0.5 + COVERAGE / 2, len(each) - 1) * deviation
-    return {
-        f"{place}_score_coverage": coverage(exposures.targets["score"], mean, score_half, exposures.valid),
-        f"{place}_expected_coverage": coverage(exposures.targets["expected"], mean, half, exposures.valid),
-        f"{place}_expected_half_width": float(half[exposures.valid].mean()),
-        f"{place}_expected_bias": float((mean - exposures.targets["expected"])[exposures.valid].mean()),
-    }
+def _coverage_figures(
+    place: str, exposures: Exposures, ensemble: RewardEnsemble, predicted: Prediction
+) -> dict[str, float]:
+    """Coverage of the score and of its expectation by the ensemble's intervals of each; see
+    `recsim_gr.reward_intervals`."""
+    figures, expected = {}, exposures.targets["expected"]
+    for name, of, target in (("score", "score", exposures.targets["score"]), ("expected", "mean", expected)):
+        low, high = ensemble.around(predicted, COVERAGE, of)
+        figures[f"{place}_{name}_coverage"] = float(((low <= target) & (target <= high))[exposures.valid].mean())
+        figures[f"{place}_{name}_half_width"] = float((high - low)[exposures.valid].mean() / 2)
+    figures[f"{place}_expected_bias"] = float((predicted.mean - expected)[exposures.valid].mean())
+    return figures
 
 
 def _best_step_share(ensemble: RewardEnsemble) -> float:

@@ -172,11 +172,6 @@ def floor_statistic(
     return (float(cross.sum()) / error if error > 0 else 0.0), float(cross.sum()) / max(whole, 1e-12)
 
 
-def coverage(target: FloatArray, centre: FloatArray, half_width: FloatArray | float, valid: NDArray[np.bool_]) -> float:
-    """The share of events whose target lies within ``centre ± half_width``."""
-    return float((np.abs(target - centre) <= half_width)[valid].mean())
-
-
 def measures(predictions: Mapping[str, FloatArray], exposures: Exposures) -> dict[str, dict[str, float]]:
     """All figures of each model on one set of exposures: model to ``TARGET_STATISTIC``.
 

@@ -437,10 +437,10 @@ that could be explained at all, which is what the exact expectation explains; be
 gain against the expectation shows in RMSE against scores only in proportion (RMSE to the expectation ÷ RMSE to the
 score), about: noise hides it without there being less of it."""
 
-COVERAGE_NOTE = """Nominal 90 %. Score: prediction ± the 90 % quantile of its errors on validation users, who chose
-their titles. Expected score: mean ± Student's t with M − 1 degrees of freedom × the members' deviation, the spread of
-one fit, which knows of no bias. Bias: prediction less expected score. What differs between chosen and never-shown
-titles is hidden confounding, and that models see only what was chosen."""
+COVERAGE_NOTE = """Nominal 90 %. Score: split-conformal, by the ensemble's errors on validation users, who chose their
+titles. Expected score: mean ± Student's t with M − 1 degrees of freedom × √(1 + 1/M) × the members' deviation, which
+knows of no bias and of nothing that the history does not tell of the user. Bias: prediction less expected score. What
+differs between chosen and never-shown titles is hidden confounding, and that models see only what was chosen."""
 
 CAPTION = """Hollow: the 95 % interval over seeds includes 0. Whiskers: that interval. Above left is all that a study
 of logged scores can see."""
