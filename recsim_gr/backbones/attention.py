@@ -217,7 +217,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, adds: bool = False) -> None:
 def _to_scores(d_weights: Tensor, weights: Tensor, scores: Tensor | None) -> Tensor:
     """The gradient of the scores, written over that of the weights; without scores, of a softmax."""
     if scores is not None:
-        return silu_backward(d_weights, scores, grad_input=d_weights)  # type: ignore[no-any-return]
+        return silu_backward(d_weights, scores, grad_input=d_weights)
     d_weights -= (d_weights * weights).sum(dim=-1, keepdim=True)
     return d_weights.mul_(weights)
 
