@@ -1,4 +1,4 @@
-"""The backbone against a transcription of its equations by loops, and against what padding and causality promise."""
+"""What padding and causality promise, on HSTU; its equations are in test_hstu.py."""
 
 import math
 from typing import Any
@@ -8,14 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 
 from recsim_gr.backbones import HSTU, HSTUConfig
-from recsim_gr.backbones.hstu import TIME_BUCKETS
 from recsim_gr.errors import ConfigError
-
-FloatArray = NDArray[np.float64]
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -46,96 +42,7 @@ def histories(n: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-# -- the equations ------------------------------------------------------------------------------------------------
-
-
-def layer_norm(x: FloatArray) -> FloatArray:
-    return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
-
-
-def silu(x: Any) -> Any:
-    return x / (1.0 + np.exp(-x))
-
-
-def bucket(hours: float) -> int:
-    return min(int(math.log2(max(60.0 * abs(hours), 1.0))), TIME_BUCKETS - 1)
-
-
-def by_loops(backbone: HSTU, titles: FloatArray, scores: FloatArray, times: FloatArray) -> FloatArray:
-    """(T + 1, d) states of one history, in float64, a number at a time:
-
-    U,V,Q,K = split(SiLU(LN(X) W)); A = SiLU(Q Kᵀ + rab) / N, causal; Y = X + W_o (LN(A V) ⊙ U).
-    """
-    p = {name: value.detach().double().numpy() for name, value in backbone.named_parameters()}
-    config = backbone.config
-    d, n, heads = config.dimensions, config.max_length, config.n_heads
-    x = [p["first"].copy()]
-    for title, score in zip(titles, scores, strict=True):
-        embedded = math.sqrt(d) * p["titles"][int(title)]
-        liked = (score - 3.0) / 2.0
-        x.append(embedded + liked * (p["by_score.weight"] @ embedded + p["score_level"]))
-    if config.positions:
-        x = [row + p["position"][min(t, n - 1)] for t, row in enumerate(x)]
-    when = [times[0] if len(times) else 0.0, *times]
-    for index in range(config.n_layers):
-        w = {name.split(".", 2)[2]: value for name, value in p.items() if name.startswith(f"layers.{index}.")}
-        mixed = [silu(layer_norm(row) @ w["uvqk"]) for row in x]
-        u, v, q, k = ([row[part * d : (part + 1) * d] for row in mixed] for part in range(4))
-        out = []
-        for t in range(len(x)):
-            values = np.zeros(d)
-            for head in range(heads):
-                own = slice(head * d // heads, (head + 1) * d // heads)
-                for s in range(t + 1):
-                    rab = w["by_gap"][bucket(when[t] - when[s])]
-                    if config.positions:
-                        rab += w["by_distance"][min(t - s, n - 1)]
-                    values[own] += silu(q[t][own] @ k[s][own] + rab) / n * v[s][own]
-            out.append(x[t] + w["out.weight"] @ (layer_norm(values) * u[t]) + w["out.bias"])
-        x = out
-    return np.stack([row / np.linalg.norm(row) for row in x])
-
-
-@pytest.mark.parametrize("positions", [True, False])
-@pytest.mark.parametrize("length", [0, 1, MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 3])
-def test_states_are_those_of_the_equations(length: int, positions: bool) -> None:
-    backbone = make(positions=positions)
-    batch = histories(3, length)
-    with torch.no_grad():
-        states = backbone.encode(*batch)
-    assert states.shape == (3, length + 1, DIMENSIONS)
-    for row, state in enumerate(states):
-        expected = by_loops(backbone, *(part[row].double().numpy() for part in batch))
-        np.testing.assert_allclose(state.numpy(), expected, atol=1e-5)
-
-
-def test_a_fresh_backbone_follows_them_too() -> None:
-    torch.manual_seed(3)
-    backbone = HSTU(HSTUConfig(max_length=6), N_TITLES).eval()
-    batch = histories(2, 6)
-    with torch.no_grad():
-        state = backbone.encode(*batch)[1]
-    expected = by_loops(backbone, *(part[1].double().numpy() for part in batch))
-    np.testing.assert_allclose(state.numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("minutes", "expected"),
-    [(0.0, 0), (0.5, 0), (1.5, 0), (2.5, 1), (3.9, 1), (4.1, 2), (33_000.0, 15), (1e7, 15)],
-)
-def test_time_gaps_fall_into_powers_of_two_minutes(minutes: float, expected: int) -> None:
-    backbone = make(n_layers=1, positions=False)
-    batch = list(histories(1, 2))
-    batch[2] = torch.tensor([[0.0, minutes / 60.0]])
-    by_gap = backbone.state_dict()["layers.0.by_gap"]
-    with torch.no_grad():
-        before = backbone.encode(*batch)
-        by_gap[expected] += 1.0
-        assert not torch.equal(backbone.encode(*batch)[0, 2], before[0, 2])
-        by_gap[expected] -= 1.0
-        for other in set(range(1, TIME_BUCKETS)) - {expected}:  # bucket 0 is also that of every token to itself
-            by_gap[other] += 1.0
-        torch.testing.assert_close(backbone.encode(*batch), before)
+# -- states and logits ---------------------------------------------------------------------------------------------
 
 
 def test_logits_are_cosines_over_the_temperature() -> None:
@@ -208,35 +115,6 @@ def test_gradients_run_backward_in_time_only() -> None:
         (gradient,) = torch.autograd.grad(backbone.encode(titles, scores, times)[0, position] @ weight, scores)
         assert (gradient[0, :position] != 0).all()
         assert not gradient[0, position:].any()
-
-
-@PROPERTY
-@given(order=st.permutations(range(4)))
-def test_without_positions_one_layer_knows_a_set_and_the_last_event(order: list[int]) -> None:
-    """With equal times: the last token attends to the bare tokens before it, whose order leaves no trace."""
-    titles, scores, _ = histories(1, 5)
-    times = torch.zeros(1, 5)
-    permuted = [*order, 4]
-    blind, sighted = make(n_layers=1, positions=False), make(n_layers=1, positions=True)
-    with torch.no_grad():
-        for backbone, same in ((blind, True), (sighted, order == sorted(order))):
-            one = backbone.encode_last(titles, scores, times)
-            two = backbone.encode_last(titles[:, permuted], scores[:, permuted], times)
-            assert ((one - two).abs().max() < 1e-6) == same
-
-
-@pytest.mark.parametrize("what", ["the last event", "times", "a second layer"])
-def test_without_positions_order_shows_through(what: str) -> None:
-    """What a backbone without positions still knows of order: causality, through two layers, and time."""
-    backbone = make(n_layers=2 if what == "a second layer" else 1, positions=False)
-    titles, scores, times = histories(1, 5)
-    if what != "times":
-        times = torch.zeros(1, 5)
-    permuted = [0, 1, 2, 4, 3] if what == "the last event" else [1, 0, 2, 3, 4]
-    with torch.no_grad():
-        one = backbone.encode_last(titles, scores, times)
-        two = backbone.encode_last(titles[:, permuted], scores[:, permuted], times)
-    assert (one - two).abs().max() > 1e-4
 
 
 def test_encode_last_finds_the_end_of_each_history() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsim_gr import configs
+from recsim_gr.backbones.elementwise import dropout
 from recsim_gr.backbones.titles import METADATA, TitleMetadata
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError, UnknownNameError
@@ -228,7 +229,7 @@ class Backbone(nn.Module, ABC):
     def _states(self, x: Tensor, places: Places) -> Tensor:
         if self.config.positions:
             x = x + self.position[places.steps.clamp(max=self.config.max_length - 1)]
-        x = self.mix(F.dropout(x, self.config.dropout, self.training), places)
+        x = self.mix(dropout(x, self.config.dropout, self.training), places)
         return F.normalize(x, dim=-1) if self.config.similarity == "cosine" else x
 
     # -- saving: see `recsim_gr.checkpoints` ----------------------------------------------------------------------

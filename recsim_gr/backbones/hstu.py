@@ -4,46 +4,138 @@ A layer, on X of shape (B, T, d)::
 
     U, V, Q, K = split(SiLU(LN(X) W))
     A = SiLU(Q Kᵀ + rab) / N, causal        pointwise: no softmax, no 1/sqrt(d); N the configured maximum length
-    Y = X + W_o Dropout(LN(A V) ⊙ U)
+    Y = X + W_o Dropout(LN(A V) ⊙ U)        rab: a bias by distance and a bias by time, the same in all heads
 
 The output is L2-normalised and compared with the L2-normalised title embeddings at temperature .05, as in the paper's
-public research code.
+public research code (facebookresearch/generative-recommenders, `generative_recommenders/research`). `HSTUConfig` has a
+switch for each part.
 
-Departures from that code, each because a context here is more than a list of titles: a token carries the score that
-the title got; a learned token opens every sequence, so that the empty history is a context too; positions beyond the
-maximum length share the last position's parameters, so that a session may go on past the longest history of the log.
+Departures from that code, each because a context here is more than a list of titles, or knows less than one there:
+
+- a token carries the score that the title got (there, a variant appends a rating's embedding to the title's);
+- a learned token opens every sequence, so that the empty history is a context too;
+- positions beyond the maximum length share the last position's parameters, so that a session may go on past the longest
+  history of the log;
+- one table of N biases by distance where there are 2N − 1: under causality the other N − 1 are never read;
+- the gap of a row is measured from its own event. There it is measured from the *next* one, ts(next) − ts(column), and
+  behind the history stands the target's time, in evaluation too: the model knows when the next event will happen, and
+  figures published for that code have this advantage. A recommender has not, and the state of a prefix would depend on
+  what comes after it; so there is no switch for it here;
+- softmax runs over what a token may read. There it runs over all columns, later ones too, and is masked afterwards.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsim_gr.backbones.attention import CLOSED, NORMALISERS, AttentionKind, Block, attention
 from recsim_gr.backbones.base import Backbone, BackboneConfig, Places, register_backbone
+from recsim_gr.backbones.elementwise import dropout, layer_norm
 from recsim_gr.backbones.titles import TitleMetadata
 from recsim_gr.configs import require
 
-TIME_BUCKETS = 16
-"""Time gaps in minutes, in powers of two: the last bucket starts at 2^15 minutes, three weeks."""
+GATES = ("product", "concatenated")
+"""How U meets the attended values."""
+
+ROWS = 32
+"""Rows of a block of causal attention: fewer make products too small, more work out what is closed."""
+
+CLOSED_ENTRIES = 64
+"""Of a table of biases: half of all pairs are closed, and gradients added to one entry would wait for each other."""
+
+
+class TimeBuckets(NamedTuple):
+    """A dialect of time gaps.
+
+    Attributes:
+        n: how many buckets.
+        of: float32 hours, not negative, to int32 buckets, which may run past the last; it may write into its argument.
+    """
+
+    n: int
+    of: Callable[[Tensor], Tensor]
+
+
+def _powers_of_two_minutes(hours: Tensor) -> Tensor:
+    minutes = hours.mul_(60.0).clamp_(min=1.0)
+    # floor(log2) is a float's exponent: a logarithm of every pair takes twenty times as long
+    return (minutes.view(torch.int32) >> 23).sub_(127)
+
+
+def _research_code(hours: Tensor) -> Tensor:
+    return hours.mul_(3600.0).clamp_(min=1.0).log_().div_(0.301).to(torch.int32)
+
+
+TIME_BUCKETS = {
+    "minutes": TimeBuckets(16, _powers_of_two_minutes),
+    "research": TimeBuckets(129, _research_code),
+}
+"""Dialects of time gaps. ``minutes``: powers of two minutes, the last from 2^15 on, three weeks. ``research``: the
+research code's floor(ln(max(1, |seconds|)) / 0.301), 0 to 128, each bucket 1.35 times as long as the one before."""
 
 
 @dataclass(frozen=True)
 class HSTUConfig(BackboneConfig):
-    """The size and shape of HSTU."""
+    """The size and shape of HSTU; a default is the paper's, or says why it is not."""
 
     n_layers: int = 2
-    """Two, as in the paper's smaller public configurations."""
+    """Two, as in the research code's configuration for MovieLens-1M; its large one has eight."""
     n_heads: int = 2
-    """Heads of d/2: the attention is pointwise, so heads cost nothing and give two patterns of relevance."""
+    """Heads of d/2: the attention is pointwise, so heads cost little and give two patterns of relevance. The research
+    code has one in that configuration and two in the large one."""
+    normaliser: str = "length"
+    """What makes weights of scores, one of `NORMALISERS`: SiLU over N, or softmax (an ablation of the paper)."""
+    scale_scores: bool = False
+    """Whether products are divided by sqrt(d/H): the paper and its research code do not, production forks do."""
+    distance_bias: bool = True
+    """The relative bias by position; ``positions=False`` takes it away too."""
+    time_gaps: bool = True
+    """The relative bias by time; without it and positions, a layer is blind to order beyond causality."""
+    time_buckets: str = "minutes"
+    """The dialect of time, one of `TIME_BUCKETS`. Not the research code's: gaps up to three weeks reach only 48 of its
+    129 buckets, and most of those hold seconds, which are too few in a log of thousands of users to be learned."""
+    gate: str = "product"
+    """How U meets the attended values: ``product``, or ``concatenated`` (U, LN(A V) and their product: the research
+    code's ``concat_ua``, off there)."""
+    activate: bool = True
+    """SiLU on U, V, Q and K; the research code's ``linear_activation`` can be ``none``."""
+    residual: bool = True
+    """X + …; without it a layer is only what it attends to."""
+    scale_input: bool = True
+    """Embeddings times sqrt(d) before the first layer, so that they outweigh the positions at the start."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in both layer norms: attended values are divided by N, and a larger one would mute them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("n_layers", "n_heads"):
             require(getattr(self, name) >= 1, self, name, "at least 1")
         require(self.dimensions % self.n_heads == 0, self, "n_heads", f"a divisor of {self.dimensions}")
+        require(self.normaliser in NORMALISERS, self, "normaliser", f"one of {', '.join(NORMALISERS)}")
+        require(self.time_buckets in TIME_BUCKETS, self, "time_buckets", f"one of {', '.join(TIME_BUCKETS)}")
+        require(self.gate in GATES, self, "gate", f"one of {', '.join(GATES)}")
+        require(self.norm_epsilon > 0, self, "norm_epsilon", "positive")
+
+    @property
+    def n_distances(self) -> int:
+        """Biases by distance that a layer has; one that is always 0 where it has none."""
+        return self.max_length if self.positions and self.distance_bias else 1
+
+    @property
+    def n_gaps(self) -> int:
+        """Biases by time gap that a layer has; one that is always 0 where it has none."""
+        return TIME_BUCKETS[self.time_buckets].n if self.time_gaps else 1
+
+    @property
+    def attention(self) -> AttentionKind:
+        """What its layers do with their scores."""
+        scale = math.sqrt(self.n_heads / self.dimensions) if self.scale_scores else 1.0
+        return AttentionKind(self.n_heads, self.activate, self.normaliser, self.max_length, scale)
 
 
 class HSTULayer(nn.Module):
@@ -51,29 +143,34 @@ class HSTULayer(nn.Module):
 
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
+        self.config, self.kind = config, config.attention
         d = config.dimensions
-        self.heads, self.max_length, self.dropout = config.n_heads, config.max_length, config.dropout
         self.uvqk = nn.Parameter(torch.empty(d, 4 * d).normal_(std=0.02 * math.sqrt(512 / d)))
-        self.out = nn.Linear(d, d)
+        self.out = nn.Linear(d if config.gate == "product" else 3 * d, d)
         nn.init.xavier_uniform_(self.out.weight)
-        self.by_distance = nn.Parameter(torch.empty(config.max_length).normal_(std=0.02))
-        self.by_gap = nn.Parameter(torch.empty(TIME_BUCKETS).normal_(std=0.02))
-        self.positions = config.positions
+        if config.positions and config.distance_bias:
+            self.by_distance = nn.Parameter(torch.empty(config.n_distances).normal_(std=0.02))
+        if config.time_gaps:
+            self.by_gap = nn.Parameter(torch.empty(config.n_gaps).normal_(std=0.02))
 
-    def forward(self, x: Tensor, gap_bucket: Tensor, distance: Tensor, allowed: Tensor) -> Tensor:
-        """x (B, T, d); gap_bucket (B, T, T) and distance (T, T) or (B, T, T) integer; allowed, as distance, of 1, 0."""
-        b, t, d = x.shape
-        mixed = F.silu(F.layer_norm(x, (d,)) @ self.uvqk)
-        u, v, q, k = mixed.split(d, dim=-1)
-        q, k, v = (part.view(b, t, self.heads, -1).transpose(1, 2) for part in (q, k, v))  # (B, H, T, d/H)
-        bias = self.by_gap[gap_bucket]
-        if self.positions:
-            bias = bias + self.by_distance[distance]
-        allowed = (allowed / self.max_length).expand_as(bias)
-        attention = F.silu(q @ k.transpose(-1, -2) + bias.unsqueeze(1)) * allowed.unsqueeze(1)
-        values = (attention @ v).transpose(1, 2).reshape(b, t, d)
-        gated = F.dropout(F.layer_norm(values, (d,)) * u, self.dropout, self.training)
-        return x + self.out(gated)
+    def forward(self, x: Tensor, blocks: list[Block]) -> Tensor:
+        """x (B, T, d) to the same; ``blocks``: `pair_blocks` of its places."""
+        config = self.config
+        projected = layer_norm(x, config.norm_epsilon) @ self.uvqk
+        values, u = attention(projected, self.biases(), blocks, self.kind)
+        normed = layer_norm(values, config.norm_epsilon)
+        gated = normed * u if config.gate == "product" else torch.cat([u, normed, u * normed], dim=-1)
+        y = self.out(dropout(gated, config.dropout, self.training))
+        return x + y if config.residual else y
+
+    def biases(self) -> Tensor:
+        """(distances · gaps + `CLOSED_ENTRIES`,): rab of every distance and time gap, then the closed ones."""
+        rab = self.uvqk.new_zeros(1, 1)
+        if self.config.positions and self.config.distance_bias:
+            rab = rab + self.by_distance[:, None]
+        if self.config.time_gaps:
+            rab = rab + self.by_gap
+        return F.pad(rab.flatten(), (0, CLOSED_ENTRIES), value=CLOSED)
 
 
 @register_backbone
@@ -89,16 +186,40 @@ class HSTU(Backbone):
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.n_layers))
 
     def mix(self, x: Tensor, places: Places) -> Tensor:
-        steps = places.steps
-        distance = (steps.unsqueeze(-1) - steps.unsqueeze(-2)).clamp(0, self.config.max_length - 1)
-        allowed = steps.unsqueeze(-1) >= steps.unsqueeze(-2) if places.allowed is None else places.allowed
-        gaps = _gap_buckets(places.hours)
+        blocks = pair_blocks(places, self.config)  # every layer looks the same pairs up, each in its own table
         for layer in self.layers:
-            x = layer(x, gaps, distance, allowed.to(x.dtype))
+            x = layer(x, blocks)
         return x
 
+    def _embedded(self, titles: Tensor) -> Tensor:
+        embedded = super()._embedded(titles)
+        return embedded if self.config.scale_input else embedded / math.sqrt(self.config.dimensions)
 
-def _gap_buckets(hours: Tensor) -> Tensor:
-    """(B, T, T) int64: the bucket of the time between two tokens."""
-    minutes = 60.0 * (hours[:, :, None] - hours[:, None, :]).abs()
-    return torch.log2(minutes.clamp(min=1.0)).long().clamp(max=TIME_BUCKETS - 1)
+
+def pair_blocks(places: Places, config: HSTUConfig) -> list[Block]:
+    """Which entry of `HSTULayer.biases` stands for each pair of tokens: blocks of rows where rows read causally, which
+    leave out the columns behind them; else one block."""
+    t = places.steps.shape[-1]
+    if places.allowed is not None:
+        return [Block(0, t, _entries(places, config, 0, t, t))]
+    stops = [*range(ROWS, t - ROWS // 2 + 1, ROWS), t]  # what is left over is half a block at least
+    return [
+        Block(start, stop, _entries(places, config, start, stop, stop))
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+
+
+def _entries(places: Places, config: HSTUConfig, start: int, stop: int, columns: int) -> Tensor:
+    """(B, rows, columns) or (1, rows, columns) int64: distance · gaps + gap, or one that is closed."""
+    n_gaps, closed = config.n_gaps, config.n_distances * config.n_gaps
+    steps = places.steps.to(torch.int32)
+    steps = steps if steps.dim() == 2 else steps[None]
+    distance = steps[:, start:stop, None] - steps[:, None, :columns]
+    shut = distance < 0 if places.allowed is None else ~places.allowed[..., start:stop, :columns]
+    entries = distance.clamp_(0, config.n_distances - 1).mul_(n_gaps).masked_fill(shut, closed + CLOSED_ENTRIES)
+    if config.time_gaps:
+        hours = places.hours.float()
+        gaps = TIME_BUCKETS[config.time_buckets].of((hours[:, start:stop, None] - hours[:, None, :columns]).abs_())
+        entries = gaps.clamp_(0, n_gaps - 1).add_(entries)
+    most = closed + torch.arange(columns, dtype=torch.int32, device=entries.device) % CLOSED_ENTRIES
+    return torch.minimum(entries, most).long()
