@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recsim_gr.backbones import Backbone
 from recsim_gr.histories import Batch, HistorySource
-from recsim_gr.softmax import Closed, Softmax, cross_entropies, in_a_transform, weighted_cross_entropy
+from recsim_gr.softmax import Closed, Softmax, cross_entropies, weighted_cross_entropy
 
 MASKED = -1e9
 """Added to the logits of titles that are seen or not out yet: exp of it is exactly 0 in float32, its gradient too."""
@@ -56,8 +56,6 @@ def prefix_log_probs(backbone: Backbone, batch: Batch, states: Tensor | None = N
     """(B, T): log π of the title chosen at each event; 0 on padding. `chosen_log_probs` of `prefix_logits`, without
     the logits."""
     states = prefix_states(backbone, batch) if states is None else states
-    if in_a_transform():
-        return chosen_log_probs(prefix_logits(backbone, batch, states), batch)
     events = _events(batch)
     losses = cross_entropies(_at(states, events), backbone.title_directions(), events.chosen, events.closed)
     if events.valid is None:
@@ -77,8 +75,6 @@ def imitation_loss(
         softmax: over all titles or a sample of them; by default over all.
     """
     states = prefix_states(backbone, batch) if states is None else states
-    if in_a_transform():
-        return -chosen_log_probs(prefix_logits(backbone, batch, states), batch).sum() / batch.valid.sum()
     events = _events(batch)
     return _mean_loss(backbone, _at(states, events), events.chosen, events.closed, softmax)
 

@@ -139,7 +139,10 @@ def cross_entropies(
     """
     _check(states, directions, chosen)
     columns = _columns(directions, chosen, closed, sample)
-    return _applied(_RowLosses, states, columns, chunk_rows)
+    if in_a_transform():
+        return plain_losses(states, columns)
+    losses: Tensor = _RowLosses.apply(states, columns.own, columns.titles, columns.without_graph(), chunk_rows)
+    return losses
 
 
 def weighted_cross_entropy(
@@ -167,17 +170,11 @@ def weighted_cross_entropy(
             f"{' with one; use cross_entropies' if weights.requires_grad else ''}"
         )
     columns = _columns(directions, chosen, closed, sample)
-    return _applied(_WeightedLoss, states, columns, chunk_rows, weights)
-
-
-@torch.compiler.disable
-def _applied(
-    function: type[torch.autograd.Function], states: Tensor, columns: "_Columns", chunk_rows: int, *others: Any
-) -> Tensor:
-    """Outside of what torch compiles: what a compiler could fuse is fused already, and shapes come from the data."""
-    kept = columns._replace(own=None, titles=columns.titles.detach())  # nothing that holds a graph outlives it
-    result: Tensor = function.apply(states, columns.own, columns.titles, *others, kept, chunk_rows)
-    return result
+    if in_a_transform():
+        return plain_losses(states, columns) @ weights
+    kept = columns.without_graph()
+    loss: Tensor = _WeightedLoss.apply(states, columns.own, columns.titles, weights, kept, chunk_rows)
+    return loss
 
 
 def rows_of_a_chunk(n_rows: int, n_titles: int, chunk_rows: int = 0) -> int:
@@ -194,7 +191,7 @@ def _check(states: Tensor, directions: Tensor, chosen: Tensor) -> None:
         raise ValueError(f"a softmax takes (N, d) states, (I, d) directions and (N,) titles, got {shapes}")
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """The titles that logits are worked out for, and what is closed among them.
 
     Attributes:
@@ -214,14 +211,18 @@ class _Columns(NamedTuple):
     users: Tensor | None
     unreleased: Tensor | None
 
+    def without_graph(self) -> "Columns":
+        """What a backward pass may keep beside the tensors that autograd keeps."""
+        return self._replace(own=None, titles=self.titles.detach())
 
-def _columns(directions: Tensor, chosen: Tensor, closed: Closed | None, sample: Sample | None) -> _Columns:
+
+def _columns(directions: Tensor, chosen: Tensor, closed: Closed | None, sample: Sample | None) -> Columns:
     none = chosen.new_empty(0)
     closed = closed or Closed(none, none)
     users, unreleased = closed.users, closed.unreleased
     if sample is None:
         shut = (_places(closed.rows, closed.titles, len(directions)),)
-        return _Columns(chosen, None, directions, None, shut, users, unreleased)
+        return Columns(chosen, None, directions, None, shut, users, unreleased)
     c = len(sample.titles)
     column = chosen.new_full((len(directions),), -1)
     column[sample.titles] = torch.arange(c, device=chosen.device)
@@ -230,12 +231,32 @@ def _columns(directions: Tensor, chosen: Tensor, closed: Closed | None, sample: 
     unreleased = None if unreleased is None else unreleased[:, sample.titles]
     # embedding's backward pass adds in a fixed order, on a GPU too
     own, titles = (F.embedding(which, directions) for which in (chosen, sample.titles))
-    return _Columns(None, own, titles, sample.factors, shut, users, unreleased)
+    return Columns(None, own, titles, sample.factors, shut, users, unreleased)
 
 
 def _places(rows: Tensor, columns: Tensor, c: int) -> Tensor:
     places = rows * c + columns
     return places[columns >= 0] if bool((columns < 0).any()) else places
+
+
+def plain_losses(states: Tensor, columns: Columns) -> Tensor:
+    """(N,): ℓ_i by its equation, all logits at once, for torch to differentiate, compile or vectorise."""
+    logits = states @ columns.titles.T
+    shut = torch.zeros(logits.shape, dtype=torch.bool, device=states.device)
+    for places in columns.shut:
+        shut.view(-1).index_fill_(0, places, True)
+    if columns.unreleased is not None and columns.users is not None:
+        shut |= columns.unreleased[columns.users]
+    if columns.chosen is not None:
+        shut.scatter_(1, columns.chosen[:, None], True)
+        own = logits.gather(1, columns.chosen[:, None])
+    else:
+        assert columns.own is not None
+        own = (states * columns.own).sum(dim=1, keepdim=True)
+    if columns.factors is not None:
+        logits = logits + columns.factors.log()
+    logits = torch.cat([logits.masked_fill(shut, -math.inf), own], dim=1)
+    return torch.logsumexp(logits, dim=1) - own.squeeze(1)
 
 
 # -- the pass over the logits ------------------------------------------------------------------------------------
@@ -250,7 +271,7 @@ class _Pass:
         chunk_rows: rows at a time; 0 for the default.
     """
 
-    def __init__(self, states: Tensor, columns: _Columns, chunk_rows: int) -> None:
+    def __init__(self, states: Tensor, columns: Columns, chunk_rows: int) -> None:
         narrow = _product_dtype(states)
         self.columns = columns
         self.wide = torch.promote_types(torch.float32, states.dtype)
@@ -390,7 +411,7 @@ class _WeightedLoss(torch.autograd.Function):
         own: Tensor | None,
         titles: Tensor,
         weights: Tensor,
-        columns: _Columns,
+        columns: Columns,
         chunk_rows: int,
     ) -> Tensor:
         over = _Pass(states, columns._replace(own=own, titles=titles), chunk_rows)
@@ -418,7 +439,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, own: Tensor | None, titles: Tensor, columns: _Columns, chunk_rows: int
+        ctx: Any, states: Tensor, own: Tensor | None, titles: Tensor, columns: Columns, chunk_rows: int
     ) -> Tensor:
         over = _Pass(states, columns._replace(own=own, titles=titles), chunk_rows)
         with torch.autocast(states.device.type, enabled=False):
@@ -530,5 +551,5 @@ class Softmax:
 
 
 def in_a_transform() -> bool:
-    """Whether `torch.func` differentiates or vectorises this code: then it wants plain tensor operations."""
-    return torch._C._functorch.maybe_current_level() is not None
+    """Whether torch compiles, or `torch.func` vectorises, this code: then it wants the equation, not passes of ours."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
