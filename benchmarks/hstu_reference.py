@@ -1,12 +1,12 @@
 """The measure of training speed: HSTU as the public research code computes it, written anew from its equations.
 
 The structure is that of facebookresearch/generative-recommenders, ``generative_recommenders/research/modeling/
-sequential`` (`hstu.py`, and the preprocessor and postprocessor of its configuration for MovieLens): embeddings times
-sqrt(d) plus learned positions, dropout, padding multiplied away; in every layer a layer norm, one product to U, V, Q and
-K, SiLU, attention by einsum over padded heads, the relative bias by position and by time bucket worked out anew in each
-layer, SiLU over N, the causal mask multiplied in, a layer norm of what was attended to, the gate, dropout, an output
-layer, the residual; states of length 1. Its training step here takes the full softmax at temperature .05, all logits in
-one tensor, by `F.cross_entropy`, and AdamW.
+sequential`` (`hstu.py`, and the preprocessor and postprocessor of its configuration for MovieLens). Embeddings times
+sqrt(d) plus learned positions, dropout, padding multiplied away; in every layer a layer norm, one product to U, V, Q
+and K, SiLU, attention by einsum over padded heads, the relative bias by position and by time bucket worked out anew in
+each layer, SiLU over N, the causal mask multiplied in, a layer norm of what was attended to, the gate, dropout, an
+output layer, the residual; states of length 1. A training step here takes the full softmax at temperature .05, all
+logits in one tensor and divided there as in that code, by `F.cross_entropy`, and AdamW.
 
 It is meant to be as good as a direct transcription can be, so what differs favours it: histories are dense here, and
 the conversions between jagged and padded tensors, which the research code makes in every layer, are left out; AdamW is
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsim_gr.backbones import HSTU
+from recsim_gr.backbones.hstu import HSTULayer
 from recsim_gr.histories import Batch
 
 TEMPERATURE = 0.05
@@ -149,6 +150,7 @@ def reference_of(backbone: HSTU) -> Reference:
     made.position.weight.copy_(backbone.position)
     for theirs, ours in zip(made.layers, backbone.layers, strict=True):
         assert isinstance(theirs, ReferenceLayer)
+        assert isinstance(ours, HSTULayer)
         theirs.uvqk.copy_(ours.uvqk)
         theirs.output.load_state_dict(ours.out.state_dict())
         theirs.by_position.zero_()

@@ -1,9 +1,9 @@
 """Job ``training`` of suite ``throughput``: training steps of our HSTU beside the public research code's structure.
 
-A step is forward, backward and optimiser, on one batch of full histories. Ours and the reference (`hstu_reference`) take
-the same weights, batches and optimiser; in float32, without dropout and with the same titles in the softmax, also the
-same losses (a test holds that). Beside the rates: the share of the machine's matrix peak, which is that of one large
-product in the same run; what bfloat16 does to a loss curve; and the memory of a step with a large catalogue.
+A step is forward, backward and optimiser, on one batch of full histories. Ours and the reference (`hstu_reference`)
+take the same weights, batches and optimiser; in float32, without dropout and with the same titles in the softmax, also
+the same losses (a test holds that). Beside the rates: the share of the machine's matrix peak, which is that of one
+large product in the same run; what bfloat16 does to a loss curve; and the memory of a step with a large catalogue.
 """
 
 import time
@@ -81,21 +81,20 @@ COMPILED = tuple(replace(work, compiled=True) for work in WORKS if work.loss == 
 
 
 def training(config: ThroughputConfig) -> list[Figure]:
-    """All that is said of training: rates, with the allocator as users have it, which this process has, and as the
+    """All that is said of training: rates, with the allocator as users have it, which this process has; some, as the
     runner's workers have it; loss curves; memory."""
-    found = timed(config, "training")
-    found += in_worker_process(timed, config, "training_workers")
+    found = timed(config, "training", WORKS + (COMPILED if config.compile else ()))
+    found += in_worker_process(timed, config, "training_workers", tuple(w for w in WORKS if w.loss == "all"))
     return found + curves(config) + in_new_process(memory, config)
 
 
 # -- rates -------------------------------------------------------------------------------------------------------
 
 
-def timed(config: ThroughputConfig, job: str) -> list[Figure]:
-    """Tokens a second of every work, in turns, and the share of the matrix peak."""
+def timed(config: ThroughputConfig, job: str, works: tuple[Work, ...]) -> list[Figure]:
+    """Tokens a second of these works, in turns, with dropout and without, and the share of the matrix peak."""
     torch.set_num_threads(1)
     batch, found = batch_of(config), list[Figure]()
-    works = WORKS + (COMPILED if config.compile else ())
     wait: Callable[[], None] = torch.cuda.synchronize if config.device == "cuda" else lambda: None
     steps: dict[str, Callable[[], object]] = {
         f"{PEAK} {name}": partial(_product, *_squares(config, name), wait) for name in PRECISIONS

@@ -7,6 +7,7 @@ from recsim_gr.benchmarks.throughput_jobs import OURS, ThroughputConfig
 REFERENCE, PEAK = "reference", "matrix peak"
 
 Found = dict[tuple[str, str], tuple[float, str]]
+Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ DROPOUTS = {"dropout": "dropout .2", "plain": "dropout off"}
 HEADER = ("", "target", "ours", "median", "reference", "ours/reference", "of peak", "verdict")
 
 
-def training_table(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]:
+def training_table(found: Found, config: ThroughputConfig) -> Rows:
     """Rows, the header first; none where nothing was measured."""
     if not any(metric.startswith("training") for _, metric in found):
         return []
@@ -63,7 +64,7 @@ def training_table(found: Found, config: ThroughputConfig) -> list[tuple[str, ..
         f"training, {config.training_users} x {config.training_events} tokens, d = {config.training_dimensions}, "
         f"{config.n_titles:,} titles, on {config.device}"
     )
-    rows = [(shape, *HEADER[1:])]
+    rows: Rows = [(shape, *HEADER[1:])]
     for job, allocator in TITLES.items():
         for dropout, said in DROPOUTS.items():
             rows.append((f"{said}; {allocator}", *[""] * (len(HEADER) - 1)))
@@ -92,8 +93,8 @@ def _row(found: Found, line: Line, prefix: str) -> tuple[str, ...] | None:
     )
 
 
-def _peak_rows(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]:
-    rows = []
+def _peak_rows(found: Found, config: ThroughputConfig) -> Rows:
+    rows: Rows = []
     for precision in ("float32", "bfloat16"):
         peak = _value(found, PEAK, f"training.{precision}.flops")
         theirs = _value(found, REFERENCE, f"training.plain.all_{precision}.peak_share")
@@ -102,9 +103,9 @@ def _peak_rows(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]:
     return rows
 
 
-def _curve_rows(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]:
+def _curve_rows(found: Found, config: ThroughputConfig) -> Rows:
     theirs = _value(found, REFERENCE, "training.curve.float32.held_out")
-    rows = []
+    rows: Rows = []
     for precision, target in (("float32", None), ("bfloat16", MOST_APART)):
         ours = _value(found, OURS, f"training.curve.{precision}.held_out")
         most = _value(found, OURS, f"training.curve.{precision}.most_apart")
@@ -115,14 +116,14 @@ def _curve_rows(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]
     return rows
 
 
-def _memory_rows(found: Found, config: ThroughputConfig) -> list[tuple[str, ...]]:
+def _memory_rows(found: Found, config: ThroughputConfig) -> Rows:
     labels = {
         "at_once": ("all rows at once", MOST_MEMORY),
         "chunked": ("in chunks", MOST_MEMORY),
         "chunked_bfloat16": ("in chunks, bfloat16", MOST_MEMORY),
     }
     theirs = _value(found, REFERENCE, "training.memory.reference")
-    rows = []
+    rows: Rows = []
     for name, (label, most) in labels.items():
         ours = _value(found, OURS, f"training.memory.{name}")
         rows.append(
