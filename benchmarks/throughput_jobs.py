@@ -35,6 +35,7 @@ from recsim_gr.benchmarks.stopwatch import (
     side_by_side,
 )
 from recsim_gr.configs import require, require_finite_numbers
+from recsim_gr.errors import ConfigError
 from recsim_gr.log import COLUMNS
 from recsim_gr.world import World, WorldConfig
 
@@ -363,9 +364,17 @@ def dense_megabytes(users: int, titles: int) -> float:
 
 
 def training(config: ThroughputConfig) -> list[Figure]:
-    """Training steps beside those of the public research code's structure: see `training_speed`."""
-    from recsim_gr.benchmarks import training_speed  # torch, which the other jobs are measured without
+    """Training steps beside those of the public research code's structure: see `training_speed`.
 
+    Raises:
+        ConfigError: a GPU is asked for where there is none.
+    """
+    import torch  # here, since the other jobs are measured without it
+
+    from recsim_gr.benchmarks import training_speed
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch finds no GPU here; train on --device cpu")
     return training_speed.training(config)
 
 

@@ -284,6 +284,9 @@ def memory(config: ThroughputConfig) -> list[Figure]:
     }
     torch.set_num_threads(1)
     found = []
+    few = replace(config, training_users=1, training_titles=config.training_events + 2)
+    for who, chunk_rows, precision in works.values():
+        step_bytes(few, who, chunk_rows, precision)  # what the first step of a process needs once, whatever its size
     for name, (who, chunk_rows, precision) in works.items():
         amount = step_bytes(config, who, chunk_rows, precision)
         found.append(Figure(who, f"training.memory.{name}", amount / logits_bytes(config), _software()))

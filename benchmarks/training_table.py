@@ -133,7 +133,7 @@ def _memory_rows(found: Found, config: ThroughputConfig) -> Rows:
                 f"{ours:.2f} logits",
                 "",
                 f"{theirs:.2f}",
-                f"{ours / theirs:.2f}",
+                f"{ours / theirs:.2f}" if theirs else "",
                 "",
                 _verdict(ours, most, at_least=False),
             )
