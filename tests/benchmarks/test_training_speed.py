@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsim_gr.benchmarks import throughput_jobs, training_speed
-from recsim_gr.benchmarks.hstu_reference import Reference, reference_of
+from recsim_gr.benchmarks.hstu_reference import reference_of
 from recsim_gr.benchmarks.stopwatch import forget_peak, held_bytes, in_worker_process, peak_bytes, side_by_side
 from recsim_gr.benchmarks.throughput import Throughput
 from recsim_gr.benchmarks.throughput_jobs import OURS, Figure, ThroughputConfig
@@ -67,10 +67,10 @@ def test_dropout_of_the_reference_is_where_ours_is() -> None:
     ours.eval()
     assert theirs.loss(batch).item() == pytest.approx(training_speed.same_loss(ours, batch).item(), abs=1e-5)
     means = []
-    for model, loss in ((ours, training_speed.same_loss), (theirs, Reference.loss)):
+    for model, loss in ((ours, LOSSES[OURS, "all"]), (theirs, LOSSES[REFERENCE, "all"])):
         model.train()
         with torch.no_grad():
-            means.append(torch.tensor([loss(model, batch).item() for _ in range(300)]))  # type: ignore[operator]
+            means.append(torch.tensor([loss(model, batch).item() for _ in range(300)]))
     error = float(torch.sqrt(means[0].var() / 300 + means[1].var() / 300))
     assert abs(means[0].mean() - means[1].mean()) < 4.5 * error
     assert means[0].std() == pytest.approx(float(means[1].std()), rel=0.3)
