@@ -19,7 +19,7 @@ from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError
 from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
-from recsim_gr.prefixes import chosen_log_probs, prefix_logits
+from recsim_gr.prefixes import prefix_log_probs, prefix_logits
 from recsim_gr.reward_tables import RewardTable
 
 ADVANTAGES = ("model", "score", "blend")
@@ -92,7 +92,7 @@ class ASFT(BackboneAgent):
         if self.config.baseline == "batch":
             advantages = advantages - masked_mean(advantages, batch)
         weights = advantage_weights(advantages, self.config.beta, self.config.weight, self.config.clip)
-        log_probs = chosen_log_probs(prefix_logits(policy, batch), batch)
+        log_probs = prefix_log_probs(policy, batch)
         return masked_mean(weighted_bc_loss(log_probs, normalised(weights, batch)), batch)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from torch import Tensor
 from recsim_gr.agents.base import BackboneAgent, Problem, masked_mean, register
 from recsim_gr.backbones import Backbone
 from recsim_gr.histories import Batch
-from recsim_gr.prefixes import chosen_log_probs, prefix_logits
+from recsim_gr.prefixes import prefix_log_probs
 
 
 def bc_loss(log_probs: Tensor) -> Tensor:
@@ -26,4 +26,4 @@ class BC(BackboneAgent):
     name = "BC"
 
     def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
-        return masked_mean(bc_loss(chosen_log_probs(prefix_logits(policy, batch), batch)), batch)
+        return masked_mean(bc_loss(prefix_log_probs(policy, batch)), batch)

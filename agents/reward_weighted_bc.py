@@ -5,7 +5,7 @@ from torch import Tensor
 from recsim_gr.agents.base import BackboneAgent, Problem, masked_mean, normalised, register
 from recsim_gr.backbones import Backbone
 from recsim_gr.histories import Batch
-from recsim_gr.prefixes import chosen_log_probs, prefix_logits
+from recsim_gr.prefixes import prefix_log_probs
 
 
 def weighted_bc_loss(log_probs: Tensor, weights: Tensor) -> Tensor:
@@ -33,5 +33,5 @@ class RewardWeightedBC(BackboneAgent):
 
     def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         weights = normalised(batch.scores.clamp(min=0.0), batch)
-        log_probs = chosen_log_probs(prefix_logits(policy, batch), batch)
+        log_probs = prefix_log_probs(policy, batch)
         return masked_mean(weighted_bc_loss(log_probs, weights), batch)

@@ -4,6 +4,7 @@ Single-threaded work is timed by the CPU time of its process, which others canno
 and memory); work of several processes by the wall clock.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -14,14 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from recsim_gr.processes import end_with_parent
+from recsim_gr.processes import ENVIRONMENT, end_with_parent
 
 MEBIBYTE = 2**20
 
@@ -52,31 +53,42 @@ class Timing:
         return cls(min(seconds), median(seconds))
 
 
-def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, Timing]:
+def side_by_side(
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, Timing]:
     """Times single-threaded works by CPU time, a repeat of each in turn, so that all meet the same machine.
 
     Args:
         works: by name; each is called once beforehand, uncounted.
         repeats: of each.
         seconds: that a repeat takes at least, with as many calls as that needs.
+        clock: what is read, where CPU time is not what counts: a device works while the processor waits.
     """
+    clock = clock or time.process_time
     calls = {}
     for name, work in works.items():
         work()
-        calls[name] = max(1, round(seconds / _once(work, 1)))
+        calls[name] = max(1, round(seconds / _once(work, 1, clock)))
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            gc.collect()
-            taken[name].append(_once(work, calls[name]))
+    gc.freeze()  # what was imported is not looked through at every repeat
+    try:
+        for _ in range(repeats):
+            for name, work in works.items():
+                gc.collect()
+                taken[name].append(_once(work, calls[name], clock))
+    finally:
+        gc.unfreeze()
     return {name: Timing.of(times) for name, times in taken.items()}
 
 
-def _once(work: Callable[[], object], calls: int) -> float:
-    start = time.process_time()
+def _once(work: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(calls):
         work()
-    return max(time.process_time() - start, 1e-9) / calls
+    return max(clock() - start, 1e-9) / calls
 
 
 # -- processes ---------------------------------------------------------------------------------------------------
@@ -87,6 +99,14 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
     it."""
     with _plain_environment(), ProcessPoolExecutor(1, _spawning(), end_with_parent) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def in_worker_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`in_new_process`, with the allocator as the runner's workers have it."""
+    with _plain_environment():
+        os.environ.update(ENVIRONMENT)
+        with ProcessPoolExecutor(1, _spawning(), end_with_parent) as pool:
+            return pool.submit(work, *arguments).result()
 
 
 def at_the_same_time(
@@ -198,6 +218,15 @@ def peak_bytes(process: int | str = "self") -> float:
 def held_bytes(process: int | str = "self") -> float:
     """The memory that a process holds now; NaN where the system does not say."""
     return _status(process, "VmRSS")
+
+
+def forget_peak() -> None:
+    """Gives back what this process has freed and lets `peak_bytes` begin anew; where the system does not know how,
+    nothing happens."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(process: int | str, name: str) -> float:

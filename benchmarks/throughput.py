@@ -25,11 +25,17 @@ from recsim_gr.benchmarks.throughput_jobs import (
     jobs_of,
     world_of,
 )
+from recsim_gr.benchmarks.training_table import training_table
 from recsim_gr.errors import RunDirectoryError
 from recsim_gr.files import read_json, write_text
 
 TIMED_JOBS = 8
 """Pairs of a job and its floor that are timed in turns, about."""
+
+TRAINING_WORKS = 40
+"""Kinds of training step that are timed in turns, about."""
+TRAINING_STEP = 6.4e6, 0.1
+"""Logits of a training step, and seconds that it takes."""
 
 MILLION = 1_000_000
 NOT_TO_SCALE = "smoke"
@@ -62,6 +68,12 @@ class Throughput(Suite):
             pool_memory_users=128,
             import_repeats=1,
             peer_seconds=0.01,
+            training_users=4,
+            training_events=6,
+            training_dimensions=8,
+            training_titles=100,
+            training_steps=3,
+            training_peak=64,
         ),
     }
     config: ThroughputConfig
@@ -81,7 +93,16 @@ class Throughput(Suite):
         made = config.n_users + config.memory_users + config.pool_memory_users
         timed = 2 * config.repeats * max(config.seconds, config.log_users * seconds) * TIMED_JOBS
         everything = seconds * made + timed + 2 * len(PEERS) * config.peer_seconds
-        return everything / len(jobs_of(replace(config, jobs=())))
+        return everything / len(jobs_of(replace(config, jobs=()))) + self._training_seconds()
+
+    def _training_seconds(self) -> float:
+        """Of job ``training``, shared out over the jobs: by what its steps took on one core of a server."""
+        c, jobs = self.config, jobs_of(self.config)
+        if "training" not in jobs:
+            return 0.0
+        size = c.training_users * c.training_events * c.n_titles / TRAINING_STEP[0]
+        rates = TRAINING_WORKS * c.repeats * max(c.seconds, size * TRAINING_STEP[1])
+        return (rates + 3 * c.training_steps * size * TRAINING_STEP[1]) / len(jobs)
 
     def run_cell(self, cell: Cell, notify: Notify) -> CellResult:
         work, arguments = jobs_of(self.config)[cell.settings["job"]]
@@ -105,7 +126,7 @@ class Throughput(Suite):
     def report(self, run_dir: Path) -> tuple[Path, list[str]]:
         found, config = read_figures(run_dir), read_config(run_dir)
         write_chart(found, config, run_dir / "figures")
-        lines = table(found, config)
+        lines = [*table(found, config), *_aligned(training_table(found, config))]
         page = run_dir / "throughput.txt"
         write_text(page, "\n".join([*lines, "", *peer_table(found), "", *NOTES]) + "\n")
         return page, lines
@@ -210,7 +231,7 @@ def table(found: Found, config: ThroughputConfig) -> list[str]:
         head += "\nToo small for the targets: these verdicts mean nothing."
     lines = [line for line in lines_of(config) if not config.jobs or _asked_for(line, config)]
     rows = [_row(found, line) for line in lines]
-    return [*head.splitlines(), *_aligned([HEADER, *rows])]
+    return [*head.splitlines(), *_aligned([HEADER, *rows] if rows else [])]
 
 
 def _asked_for(line: Line, config: ThroughputConfig) -> bool:
@@ -280,6 +301,8 @@ def number(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

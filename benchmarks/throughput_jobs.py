@@ -35,6 +35,7 @@ from recsim_gr.benchmarks.stopwatch import (
     side_by_side,
 )
 from recsim_gr.configs import require, require_finite_numbers
+from recsim_gr.errors import ConfigError
 from recsim_gr.log import COLUMNS
 from recsim_gr.world import World, WorldConfig
 
@@ -45,6 +46,8 @@ RATE_TARGETS = {"vector": 5e6, "single": 40e3, "large_2": 100e3}
 """Units a second that a job should reach at the sizes of preset ``quick``."""
 RATIO_TARGETS = {"log_1000": 0.8}
 """Shares of its floor."""
+
+DEVICES = ("cpu", "cuda")
 
 MEGABYTE = 10**6
 ENVIRONMENT = "recsim_gr/WatchTime-v0"
@@ -91,6 +94,20 @@ class ThroughputConfig:
     """Interpreters that import each of the two."""
     peer_seconds: float = 5.0
     """CPU time of each peer's measurement."""
+    training_users: int = 128
+    training_events: int = 50
+    training_dimensions: int = 64
+    """Batch, history and width of the training that is timed; two layers, two heads, ``n_titles`` titles."""
+    training_titles: int = 20_000
+    """The catalogue with which the memory of a training step is measured."""
+    training_steps: int = 300
+    """Of the loss curves that are compared."""
+    training_peak: int = 2_048
+    """Of the square matrices whose product is the machine's peak: larger ones are no faster here."""
+    compile: bool = False
+    """Whether training is also timed under `torch.compile`, which takes a minute or more to compile."""
+    device: str = "cpu"
+    """Where training is timed: cpu, or cuda."""
     seed: int = 0
     """Of worlds, actions and floors."""
 
@@ -108,6 +125,14 @@ class ThroughputConfig:
         require(bool(self.log_titles) and min(self.log_titles) > 21, self, "log_titles", "catalogues of at least 22")
         for name in ("seconds", "peer_seconds"):
             require(getattr(self, name) > 0, self, name, "positive")
+        for name in ("training_users", "training_events", "training_steps", "training_peak"):
+            require(getattr(self, name) >= 1, self, name, "at least 1")
+        require(self.training_dimensions >= 2, self, "training_dimensions", "2 or more")
+        require(self.training_dimensions % 2 == 0, self, "training_dimensions", "even, for two heads")
+        for name in ("n_titles", "training_titles"):
+            least = self.training_events + 2
+            require(getattr(self, name) >= least, self, name, f"at least {least}, more than training_events")
+        require(self.device in DEVICES, self, "device", f"one of {', '.join(DEVICES)}")
 
 
 class Figure(NamedTuple):
@@ -335,6 +360,24 @@ def dense_megabytes(users: int, titles: int) -> float:
     return 4.0 * users * titles / MEGABYTE
 
 
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+def training(config: ThroughputConfig) -> list[Figure]:
+    """Training steps beside those of the public research code's structure: see `training_speed`.
+
+    Raises:
+        ConfigError: a GPU is asked for where there is none.
+    """
+    import torch  # here, since the other jobs are measured without it
+
+    from recsim_gr.benchmarks import training_speed
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch finds no GPU here; train on --device cpu")
+    return training_speed.training(config)
+
+
 # -- peers and the machine ---------------------------------------------------------------------------------------
 
 
@@ -384,5 +427,6 @@ def _all_jobs(config: ThroughputConfig) -> dict[str, Job]:
         "import": (imports, ()),
         "memory": (memory, ()),
         "pool": (pool_memory, ()),
+        "training": (training, ()),
         "peers": (peers, ()),
     }

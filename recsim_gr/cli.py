@@ -60,6 +60,10 @@ class Run:
     """Test users."""
     jobs: tuple[str, ...] | None = None
     """Which jobs suite throughput does; all by default."""
+    compile: bool | None = None
+    """Whether suite throughput also times training under torch.compile."""
+    device: str | None = None
+    """Where suite throughput times training: cpu or cuda."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from recsim_gr.histories import Batch, histories_of, split_logs
 from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.prefixes import imitation_loss, negative_log_likelihood
 from recsim_gr.randomness import derived_seed
+from recsim_gr.softmax import Softmax, SoftmaxConfig
 from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
 PRETRAINING = TrainingConfig(steps=640, learning_rate=1e-2, warmup_steps=50, checks=8)
@@ -24,6 +25,7 @@ def pretrain(
     validation: AnyLog | None = None,
     seed: int = 0,
     after_check: Callable[[int, float], None] | None = None,
+    softmax: SoftmaxConfig | None = None,
 ) -> Backbone:
     """Trains a backbone to imitate: −log π(next title | prefix), all prefixes of all users.
 
@@ -34,12 +36,13 @@ def pretrain(
         validation: users to stop on; without it, the last tenth of the log's users (see `split_logs`).
         seed: of initial weights, batches and dropout.
         after_check: told (step, validation negative log-likelihood), for progress bars.
+        softmax: over all titles or a sample of them, by default as `SoftmaxConfig` says; validation takes all.
 
     Raises:
         ConfigError: an empty log, or logs over different catalogues.
         TrainingError: training diverged.
     """
-    backbone, _ = pretrain_with_record(log, config, training, validation, seed, after_check)
+    backbone, _ = pretrain_with_record(log, config, training, validation, seed, after_check, softmax)
     return backbone
 
 
@@ -50,6 +53,7 @@ def pretrain_with_record(
     validation: AnyLog | None = None,
     seed: int = 0,
     after_check: Callable[[int, float], None] | None = None,
+    softmax: SoftmaxConfig | None = None,
 ) -> tuple[Backbone, TrainingRecord]:
     """`pretrain`, with the record of the run."""
     train_histories, held_out = (histories_of(part) for part in split_logs(log, validation))
@@ -60,8 +64,10 @@ def pretrain_with_record(
         torch.manual_seed(derived_seed(seed, "backbone"))
         backbone = new_backbone(config, log.n_titles, title_metadata(log, config))
 
+    over = softmax_over(log, softmax)
+
     def loss(batch: Batch) -> torch.Tensor:
-        return imitation_loss(backbone, batch)
+        return imitation_loss(backbone, batch, softmax=over)
 
     record = train(
         backbone,
@@ -74,6 +80,13 @@ def pretrain_with_record(
         after_check,
     )
     return backbone, record
+
+
+def softmax_over(log: AnyLog, config: SoftmaxConfig | None = None) -> Softmax:
+    """The softmax over a log's catalogue; its titles are counted where they are drawn by popularity."""
+    config = config or SoftmaxConfig()
+    counted = config.samples(log.n_titles) and config.proposal == "popularity"
+    return Softmax(config, log.n_titles, torch.from_numpy(title_counts(log)) if counted else None)
 
 
 def title_metadata(log: AnyLog, config: BackboneConfig) -> TitleMetadata | None:

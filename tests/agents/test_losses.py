@@ -481,8 +481,7 @@ def test_negative_scores_weigh_nothing() -> None:
     batch = batch_of(torch.tensor([[True, True]]), torch.tensor([[-2.0, 4.0]]), torch.tensor([[0, 1]]), n_titles=2)
     log_probs = torch.tensor([[-1.0, -3.0]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recsim_gr.agents.reward_weighted_bc.prefix_logits", lambda policy, batch: None)
-        patch.setattr("recsim_gr.agents.reward_weighted_bc.chosen_log_probs", lambda logits, batch: log_probs)
+        patch.setattr("recsim_gr.agents.reward_weighted_bc.prefix_log_probs", lambda policy, batch: log_probs)
         loss = RewardWeightedBC().batch_loss(policy, batch, None)  # type: ignore[arg-type]
     assert loss.item() == pytest.approx((0 * 1 + 2 * 3) / 2)
 
