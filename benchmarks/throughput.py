@@ -25,6 +25,7 @@ from recsim_gr.benchmarks.throughput_jobs import (
     jobs_of,
     world_of,
 )
+from recsim_gr.benchmarks.training_table import NOTES as TRAINING_NOTES
 from recsim_gr.benchmarks.training_table import training_table
 from recsim_gr.errors import RunDirectoryError
 from recsim_gr.files import read_json, write_text
@@ -128,7 +129,7 @@ class Throughput(Suite):
         write_chart(found, config, run_dir / "figures")
         lines = [*table(found, config), *_aligned(training_table(found, config))]
         page = run_dir / "throughput.txt"
-        write_text(page, "\n".join([*lines, "", *peer_table(found), "", *NOTES]) + "\n")
+        write_text(page, "\n".join([*lines, "", *peer_table(found), "", *NOTES, *TRAINING_NOTES]) + "\n")
         return page, lines
 
 

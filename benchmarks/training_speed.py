@@ -30,7 +30,8 @@ from recsim_gr.benchmarks.throughput_jobs import OURS, Figure, ThroughputConfig,
 from recsim_gr.histories import Batch, Histories
 from recsim_gr.prefixes import imitation_loss, last_imitation_loss, prefix_states
 from recsim_gr.randomness import derived_seed, generator
-from recsim_gr.softmax import Softmax, SoftmaxConfig, weighted_cross_entropy
+from recsim_gr.sampled_softmax import Softmax, SoftmaxConfig
+from recsim_gr.softmax import weighted_cross_entropy
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world import World, WorldConfig
 
@@ -82,10 +83,10 @@ COMPILED = tuple(replace(work, compiled=True) for work in WORKS if work.loss == 
 
 def training(config: ThroughputConfig) -> list[Figure]:
     """All that is said of training: rates, with the allocator as users have it, which this process has; some, as the
-    runner's workers have it; loss curves; memory."""
+    runner's workers have it; loss curves; memory and rates with a large catalogue."""
     found = timed(config, "training", WORKS + (COMPILED if config.compile else ()))
     found += in_worker_process(timed, config, "training_workers", tuple(w for w in WORKS if w.loss == "all"))
-    return found + curves(config) + in_new_process(memory, config)
+    return found + curves(config) + in_new_process(large_catalogue, config)
 
 
 # -- rates -------------------------------------------------------------------------------------------------------
@@ -94,8 +95,7 @@ def training(config: ThroughputConfig) -> list[Figure]:
 def timed(config: ThroughputConfig, job: str, works: tuple[Work, ...]) -> list[Figure]:
     """Tokens a second of these works, in turns, with dropout and without, and the share of the matrix peak."""
     torch.set_num_threads(1)
-    batch, found = batch_of(config), list[Figure]()
-    wait: Callable[[], None] = torch.cuda.synchronize if config.device == "cuda" else lambda: None
+    batch, found, wait = batch_of(config), list[Figure](), waiting(config)
     steps: dict[str, Callable[[], object]] = {
         f"{PEAK} {name}": partial(_product, *_squares(config, name), wait) for name in PRECISIONS
     }
@@ -103,8 +103,7 @@ def timed(config: ThroughputConfig, job: str, works: tuple[Work, ...]) -> list[F
         for name, dropout in DROPOUTS.items():
             for work in works:
                 steps[f"{work.who} {name}.{work.name}"] = step_of(config, work, dropout, batch, wait)
-        clock = time.perf_counter if config.device == "cuda" else time.process_time
-        timings = side_by_side(steps, config.repeats, config.seconds, clock)
+        timings = side_by_side(steps, config.repeats, config.seconds, clock_of(config))
     tokens = config.training_users * config.training_events
     peaks = {name: 2 * config.training_peak**3 / timings.pop(f"{PEAK} {name}").best for name in PRECISIONS}
     found += [Figure(PEAK, f"{job}.{name}.flops", value, _software()) for name, value in peaks.items()]
@@ -112,6 +111,47 @@ def timed(config: ThroughputConfig, job: str, works: tuple[Work, ...]) -> list[F
         who, metric = key.split(" ", 1)
         found += _figures(config, f"{job}.{metric}", who, tokens, timing, peaks)
     return found
+
+
+LARGE_REPEATS = 3
+"""Of steps over a large catalogue at most: they take a second, a thousand times what a clock can tell."""
+
+
+def large(config: ThroughputConfig) -> list[Figure]:
+    """Steps over the large catalogue: by the reference, by ours over all titles, and over a sample of them."""
+    torch.set_num_threads(1)
+    batch, wait = batch_of(config, config.training_titles), waiting(config)
+    sampling = SoftmaxConfig(kind="sampled", negatives=min(SoftmaxConfig.negatives, config.training_titles // 8))
+    counts = torch.bincount(batch.titles.flatten().cpu(), minlength=config.training_titles)
+    sampled = Softmax(sampling, config.training_titles, counts)
+    steps: dict[str, Callable[[], object]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for precision in PRECISIONS:
+            ours, other = (model_of(config, 0.0, config.training_titles) for _ in range(2))
+            theirs = reference_of(ours).train()
+            by_name: dict[str, tuple[torch.nn.Module, Callable[[], Tensor]]] = {
+                f"{REFERENCE} large.all_{precision}": (theirs, partial(theirs.loss, batch)),
+                f"{OURS} large.all_{precision}": (ours, partial(same_loss, ours, batch)),
+                f"{OURS} large.sampled_{precision}": (other, partial(imitation_loss, other, batch, softmax=sampled)),
+            }
+            for name, (model, loss) in by_name.items():
+                steps[name] = stepping(config, model, loss, precision, wait)
+        timings = side_by_side(steps, min(config.repeats, LARGE_REPEATS), config.seconds, clock_of(config))
+    tokens, found = config.training_users * config.training_events, list[Figure]()
+    for key, timing in timings.items():
+        who, metric = key.split(" ", 1)
+        found += [f._replace(software=_software()) for f in rates(f"training.{metric}", tokens, who, timing)]
+    return found
+
+
+def waiting(config: ThroughputConfig) -> Callable[[], None]:
+    """What waits until the device has done all that it was told."""
+    return torch.cuda.synchronize if config.device == "cuda" else lambda: None
+
+
+def clock_of(config: ThroughputConfig) -> Callable[[], float]:
+    """CPU time, or the wall's where a GPU works."""
+    return time.perf_counter if config.device == "cuda" else time.process_time
 
 
 def _figures(
@@ -145,12 +185,22 @@ def step_of(
         # each model's own way in, which the losses call
         name = "encode" if isinstance(model, HSTU) else "forward"
         setattr(model, name, torch.compile(getattr(model, name)))
+    return stepping(config, model, partial(LOSSES[work.who, work.loss], model, batch), work.precision, wait)
+
+
+def stepping(
+    config: ThroughputConfig,
+    model: torch.nn.Module,
+    loss: Callable[[], Tensor],
+    precision: str,
+    wait: Callable[[], None],
+) -> Callable[[], None]:
+    """Forward, backward and optimiser, and a wait until the device is done."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    loss = partial(LOSSES[work.who, work.loss], model, batch)
 
     def step() -> None:
         optimiser.zero_grad()
-        with torch.autocast(config.device, torch.bfloat16, enabled=work.precision == "bfloat16"):
+        with torch.autocast(config.device, torch.bfloat16, enabled=precision == "bfloat16"):
             value = loss()
         value.backward()
         optimiser.step()
@@ -218,6 +268,11 @@ def _product(square: Tensor, out: Tensor, wait: Callable[[], None]) -> None:
 
 def _software() -> str:
     return f"torch {torch.__version__}"
+
+
+def large_catalogue(config: ThroughputConfig) -> list[Figure]:
+    """Memory and rates, in this order: memory is measured in a process that has done nothing else."""
+    return memory(config) + large(config)
 
 
 # -- loss curves -------------------------------------------------------------------------------------------------

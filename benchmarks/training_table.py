@@ -43,10 +43,26 @@ def lines_of(dropout: str) -> list[Line]:
     ]
 
 
+LARGE = (
+    Line("float32, all titles", "all_float32", "all_float32"),
+    Line("bfloat16, all titles", "all_bfloat16", "all_float32"),
+    Line("float32, a sample, seen titles masked", "sampled_float32", "all_float32"),
+    Line("bfloat16, a sample, seen titles masked", "sampled_bfloat16", "all_float32"),
+)
+"""With the large catalogue."""
+
 MOST_MEMORY = 1.5
 """Multiples of one batch's logits."""
 MOST_APART = 0.01
 """Nats, between held-out losses in float32 and in bfloat16."""
+
+NOTES = (
+    "Training: the reference is a direct PyTorch transcription of the structure of the public HSTU research code",
+    "(recsim_gr/benchmarks/hstu_reference.py), with our weights, batches and optimiser. A step is forward, backward",
+    "and optimiser. 'of peak' counts the multiplications and additions of a step's products, three times those of its",
+    "forward pass, against a large product in the same run and precision. Memory is of a step beyond model and batch,",
+    "as a multiple of B x N x I float32 logits. Learned at the last position, a step still reads B x N tokens.",
+)
 
 TITLES = {
     "training": "the allocator as users have it",
@@ -69,6 +85,8 @@ def training_table(found: Found, config: ThroughputConfig) -> Rows:
         for dropout, said in DROPOUTS.items():
             rows.append((f"{said}; {allocator}", *[""] * (len(HEADER) - 1)))
             rows += [row for line in lines_of(dropout) if (row := _row(found, line, f"{job}.{dropout}")) is not None]
+    rows.append((f"{config.training_titles:,} titles, dropout off", *[""] * (len(HEADER) - 1)))
+    rows += [row for line in LARGE if (row := _row(found, line, "training.large")) is not None]
     return [*rows, *_peak_rows(found, config), *_curve_rows(found, config), *_memory_rows(found, config)]
 
 

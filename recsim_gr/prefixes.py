@@ -8,7 +8,8 @@ from torch import Tensor
 
 from recsim_gr.backbones import Backbone
 from recsim_gr.histories import Batch, HistorySource
-from recsim_gr.softmax import Closed, Softmax, cross_entropies, weighted_cross_entropy
+from recsim_gr.sampled_softmax import Softmax
+from recsim_gr.softmax import Closed, cross_entropies, weighted_cross_entropy
 
 MASKED = -1e9
 """Added to the logits of titles that are seen or not out yet: exp of it is exactly 0 in float32, its gradient too."""

@@ -10,7 +10,7 @@ from recsim_gr.histories import Batch, histories_of, split_logs
 from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.prefixes import imitation_loss, negative_log_likelihood
 from recsim_gr.randomness import derived_seed
-from recsim_gr.softmax import Softmax, SoftmaxConfig
+from recsim_gr.sampled_softmax import Softmax, SoftmaxConfig
 from recsim_gr.training import TrainingConfig, TrainingRecord, train
 
 PRETRAINING = TrainingConfig(steps=640, learning_rate=1e-2, warmup_steps=50, checks=8)

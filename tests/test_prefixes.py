@@ -21,7 +21,7 @@ from recsim_gr.prefixes import (
     prefix_states,
 )
 from recsim_gr.pretraining import pretrain, softmax_over
-from recsim_gr.softmax import Sampler, Softmax, SoftmaxConfig, inclusion_probabilities
+from recsim_gr.sampled_softmax import Sampler, Softmax, SoftmaxConfig, inclusion_probabilities
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world import World, WorldConfig
 

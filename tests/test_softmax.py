@@ -14,17 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsim_gr import softmax
 from recsim_gr.errors import ConfigError
-from recsim_gr.softmax import (
-    Closed,
-    Sample,
-    Sampler,
-    Softmax,
-    SoftmaxConfig,
-    cross_entropies,
-    inclusion_probabilities,
-    rows_of_a_chunk,
-    weighted_cross_entropy,
-)
+from recsim_gr.sampled_softmax import Sampler, Softmax, SoftmaxConfig, inclusion_probabilities
+from recsim_gr.softmax import Closed, Sample, cross_entropies, rows_of_a_chunk, weighted_cross_entropy
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31)

@@ -117,7 +117,7 @@ def test_every_part_gives_finite_figures(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "compile", noted)
     found = training_speed.timed(SMOKE, "training", WORKS + COMPILED)
     assert sorted(compiled) == 2 * ["encode"] * 2 + 2 * ["forward"] * 2
-    found += training_speed.curves(SMOKE) + training_speed.memory(SMOKE)
+    found += training_speed.curves(SMOKE) + training_speed.large_catalogue(SMOKE)
     assert len({(figure.who, figure.metric) for figure in found}) == len(found)
     values = {(figure.who, figure.metric): figure.value for figure in found}
     assert all(value > 0 for (_, metric), value in values.items() if "per_second" in metric or "flops" in metric)
