@@ -11,6 +11,8 @@ from recsim_gr.backbones.base import (
     register_backbone,
 )
 from recsim_gr.backbones.hstu import HSTU, HSTUConfig
+from recsim_gr.backbones.sasrec import SASRec, SASRecConfig
+from recsim_gr.backbones.set_encoder import SetEncoder, SetEncoderConfig
 from recsim_gr.backbones.titles import TitleMetadata
 
 __all__ = [
@@ -20,6 +22,10 @@ __all__ = [
     "BackboneConfig",
     "HSTUConfig",
     "Places",
+    "SASRec",
+    "SASRecConfig",
+    "SetEncoder",
+    "SetEncoderConfig",
     "TitleMetadata",
     "backbone_type",
     "build_backbone",

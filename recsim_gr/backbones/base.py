@@ -74,6 +74,12 @@ class Places(NamedTuple):
     hours: Tensor
     allowed: Tensor | None = None
 
+    def may_read(self) -> Tensor:
+        """(T, T) or (B, T, T) bool: ``allowed``, or its causal default."""
+        if self.allowed is not None:
+            return self.allowed
+        return self.steps.unsqueeze(-1) >= self.steps.unsqueeze(-2)
+
 
 BACKBONES: dict[str, type["Backbone"]] = {}
 """All registered backbones by name."""
