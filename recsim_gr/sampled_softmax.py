@@ -23,7 +23,7 @@ class SoftmaxConfig:
     """One of `KINDS`; ``auto`` samples in catalogues larger than ``largest_full``."""
     largest_full: int = 20_000
     """Titles up to which ``auto`` takes all of them: exact, and there a loss over 6,400 rows takes ten times as long as
-    with 2,048 negatives (.7 s and .07 s on one core), several times as long as all the rest of a training step."""
+    with 2,048 negatives (.8 s and .08 s on one core), several times as long as all the rest of a training step."""
     negatives: int = 2_048
     """S, titles in a sample, one for all rows of a batch; the variance of a row's partition function falls as 1/S."""
     proposal: str = "popularity"
@@ -51,7 +51,7 @@ class Sampler:
 
     A title gets in with probability π = min(1, c·q), q its share by the proposal and c such that they add up to S, by
     Madow's systematic sampling over a random order of the titles (Annals of Mathematical Statistics 1949). A logit less
-    log π is the correction of sampled softmax (Bengio and Senécal 2008; Yi et al., RecSys 2019, eq. 5), with the
+    log π is the correction of sampled softmax (Bengio and Senécal 2008; Yi et al., RecSys 2019), with the
     probability of the draw that was really made: the sum of m·exp(logit) over a sample has the catalogue's sum for its
     mean, exactly, and with S = I the sample is the catalogue. The chosen title is there whatever was drawn, so its
     own correction is log 1 = 0, and where it was drawn too, it does not count twice. (Where the others' chosen titles
