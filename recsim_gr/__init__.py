@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from recsim_gr.backbones import HSTU, HSTUConfig
     from recsim_gr.bayes import BayesReference
     from recsim_gr.bayes_sampler import BayesConfig
+    from recsim_gr.checkpoints import load_backbone, save_backbone
     from recsim_gr.estimators import Estimate, estimate
     from recsim_gr.log import InteractionLog, ShardedLog
     from recsim_gr.logged_truth import LogTruth, log_truth
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 _HOME = {
     "BayesReference": "bayes",
     "BayesConfig": "bayes_sampler",
+    "load_backbone": "checkpoints",
+    "save_backbone": "checkpoints",
     "BackboneConfig": "backbones",
     "HSTU": "backbones",
     "HSTUConfig": "backbones",
@@ -102,10 +105,12 @@ __all__ = [
     "estimate",
     "evaluate",
     "fit_reward_ensemble",
+    "load_backbone",
     "load_reward_ensemble",
     "log_truth",
     "pretrain",
     "reward_calibration",
+    "save_backbone",
 ]
 
 

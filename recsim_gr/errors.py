@@ -37,7 +37,7 @@ class UnknownNameError(RecsimError, KeyError):
 
 
 class TrainingError(RecsimError, RuntimeError):
-    """A training run that diverged: a loss or an objective that is not finite."""
+    """A training run that diverged: a loss or an objective that is not finite, or a loss that ended above its start."""
 
 
 class MissingPropensitiesError(RecsimError, ValueError):

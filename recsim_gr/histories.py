@@ -1,8 +1,11 @@
 """Histories of a log as tensors: all of them in memory, or from disk a few parts of a log in shards at a time."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -36,6 +39,10 @@ class Batch(NamedTuple):
     valid: Tensor
     unreleased: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
 
 class HistorySource(ABC):
     """Where training gets its histories from.
@@ -60,10 +67,21 @@ class HistorySource(ABC):
     def mean_score(self) -> float:
         """The mean score of all events."""
 
+    @property
     @abstractmethod
-    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    def fingerprint(self) -> str:
+        """The sha256 of everything in it: equal histories have equal ones."""
+
+    @abstractmethod
+    def batches(self, size: int, rng: np.random.Generator, skip: int = 0) -> Iterator[Batch]:
         """Batches without end, of ``size`` users or of all where there are fewer: every user once an epoch, in a new
-        order each time; a remainder is left out."""
+        order each time; a remainder is left out.
+
+        Args:
+            size: users of a batch.
+            rng: draws the orders.
+            skip: batches that are passed over, as if they had been taken, without being loaded.
+        """
 
     @abstractmethod
     def chunks(self, users: int = 256) -> Iterator[Batch]:
@@ -104,13 +122,20 @@ class Histories(HistorySource):
     def mean_score(self) -> float:
         return float(self.scores[self.valid].mean())
 
+    @cached_property
+    def fingerprint(self) -> str:
+        obs = self.observations
+        about = [self.n_titles, self.titles.shape, None if obs.catalogue is None else obs.catalogue.to_json()]
+        columns = [x.numpy() for x in (self.titles, self.scores, self.times, self.valid)]
+        return _sha256(about, *columns, np.ascontiguousarray(obs.epoch))
+
     def batch(self, rows: Tensor) -> Batch:
         """The histories at ``rows``."""
         unreleased = _unreleased(self.observations.catalogue, self.observations.epoch[rows.numpy()])
         return Batch(rows, self.titles[rows], self.scores[rows], self.times[rows], self.valid[rows], unreleased)
 
-    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        return map(self.batch, _endless_rows(len(self), size, rng))
+    def batches(self, size: int, rng: np.random.Generator, skip: int = 0) -> Iterator[Batch]:
+        return map(self.batch, islice(_endless_rows(len(self), size, rng), skip, None))
 
     def chunks(self, users: int = 256) -> Iterator[Batch]:
         for rows in torch.arange(len(self)).split(users):
@@ -139,8 +164,13 @@ class _Rows(HistorySource):
         batch = self.histories.batch(self.rows)
         return float(batch.scores[batch.valid].mean())
 
-    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        return (self.histories.batch(self.rows[places]) for places in _endless_rows(len(self), size, rng))
+    @cached_property
+    def fingerprint(self) -> str:
+        return _sha256(self.histories.fingerprint, self.rows.numpy())
+
+    def batches(self, size: int, rng: np.random.Generator, skip: int = 0) -> Iterator[Batch]:
+        orders = islice(_endless_rows(len(self), size, rng), skip, None)
+        return (self.histories.batch(self.rows[places]) for places in orders)
 
     def chunks(self, users: int = 256) -> Iterator[Batch]:
         return map(self.histories.batch, self.rows.split(users))
@@ -210,18 +240,47 @@ class ShardedHistories(HistorySource):
             events += int(loaded.valid.sum())
         return total / events
 
-    def batches(self, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        size, n_parts = min(size, len(self)), len(self._starts) - 1
+    @property
+    def fingerprint(self) -> str:
+        """From the checksums of its files."""
+        return _sha256([self.log.fingerprint, self._resample])
+
+    def batches(self, size: int, rng: np.random.Generator, skip: int = 0) -> Iterator[Batch]:
+        size = min(size, len(self))
+        held = None
+        for places in self._windows(size, rng):
+            full = len(places) // size * size
+            if skip * size >= full:
+                skip, held = skip - full // size, None
+                continue
+            window = self._at(places, held)
+            for first in range(skip * size, full, size):
+                yield window.at(slice(first, first + size)).batch(self.log.catalogue)
+            skip, held = 0, (places[full:], window.at(torch.arange(full, len(places))))
+
+    def _windows(self, size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        """The places of the users of each window, in the order in which they are handed out; nothing is read."""
+        n_parts = len(self._starts) - 1
         while True:
-            order = rng.permutation(n_parts)
-            left: list[_Loaded] = []
+            order, left = rng.permutation(n_parts), np.empty(0, dtype=np.int64)
             for start in range(0, n_parts, WINDOW_PARTS):
-                window = _joined(left + [self._load(int(part)) for part in order[start : start + WINDOW_PARTS]])
-                window = window.at(torch.from_numpy(rng.permutation(len(window.rows))))
-                full = len(window.rows) // size * size
-                for first in range(0, full, size):
-                    yield window.at(slice(first, first + size)).batch(self.log.catalogue)
-                left = [window.at(torch.arange(full, len(window.rows)))]
+                parts = order[start : start + WINDOW_PARTS]
+                new = [np.arange(self._starts[part], self._starts[part + 1]) for part in parts]
+                places = np.concatenate([left, *new])
+                places = places[rng.permutation(len(places))]
+                yield places
+                left = places[len(places) // size * size :]
+
+    def _at(self, places: NDArray[np.int64], held: tuple[NDArray[np.int64], _Loaded] | None) -> _Loaded:
+        """The users at those places, out of some that are in memory and of the parts that hold the others."""
+        there = [] if held is None else [held]
+        missing = places if held is None else places[~np.isin(places, held[0])]
+        parts = np.unique(np.searchsorted(self._starts, missing, side="right") - 1).tolist()
+        there += [(np.arange(self._starts[part], self._starts[part + 1]), self._load(part)) for part in parts]
+        every = np.concatenate([at for at, _ in there])
+        order = np.argsort(every)
+        rows = order[np.searchsorted(every, places, sorter=order)]
+        return _joined([loaded for _, loaded in there]).at(torch.from_numpy(rows))
 
     def chunks(self, users: int = 256) -> Iterator[Batch]:
         for part in range(len(self._starts) - 1):
@@ -324,3 +383,11 @@ def _endless_rows(n: int, size: int, rng: np.random.Generator) -> Iterator[Tenso
     while True:
         order = torch.from_numpy(rng.permutation(n))
         yield from order[: n // size * size].split(size)
+
+
+def _sha256(about: object, *arrays: NDArray[np.generic]) -> str:
+    """Of JSON values and the bytes of arrays, whose shapes and types the values decide."""
+    found = hashlib.sha256(json.dumps(about).encode())
+    for array in arrays:
+        found.update(array.data)
+    return found.hexdigest()

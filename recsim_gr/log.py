@@ -1,5 +1,6 @@
 """The interaction log: everything an algorithm may see, and nothing else."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -243,6 +244,13 @@ class ShardedLog:
     def size(self) -> int:
         """Bytes on disk of all files of the log."""
         return sum(record.bytes for record in self._directory.manifest.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 of everything in it, from those of its files."""
+        manifest = self._directory.manifest
+        about = [manifest.n_titles, [file.sha256 for file in manifest.files], [list(piece) for piece in self._pieces]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     @property
     def part_users(self) -> list[int]:

@@ -105,7 +105,7 @@ def negative_log_likelihood(backbone: Backbone, histories: HistorySource) -> flo
     backbone.eval()
     with torch.no_grad():
         for batch in histories.chunks():
-            total += -prefix_log_probs(backbone, batch).sum().item()
+            total += -prefix_log_probs(backbone, batch.to(backbone.titles.device)).sum().item()
             events += int(batch.valid.sum())
     backbone.train(was_training)
     return total / events
