@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from recsim_gr import configs
 from recsim_gr.backbones import Backbone, build_backbone
+from recsim_gr.checkpoints import BROKEN, save_tensors
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
-from recsim_gr.files import atomic_path, read_json, write_json
+from recsim_gr.files import read_json, write_json
 from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog
 from recsim_gr.observations import Observations
@@ -198,12 +198,7 @@ class Agent(ABC):
             RunDirectoryError: it cannot be written.
         """
         directory = Path(directory)
-        with atomic_path(directory / "agent.safetensors") as temporary:
-            state = {key: value.detach().contiguous().clone() for key, value in self.state().items()}
-            try:
-                save_file(state, temporary)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
+        save_tensors(directory / "agent.safetensors", self.state())
         about = {"agent": self.name, "config": configs.to_dict(self.config), "shape": self.shape()}
         write_json(directory / "agent.json", about)
 
@@ -226,16 +221,7 @@ def load_agent(directory: str | Path) -> Agent:
         agent.restore(about["shape"], load_file(directory / "agent.safetensors"))
     except RecsimError:
         raise
-    except (
-        OSError,
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
+    except BROKEN as error:
         message = f"{directory} holds no agent that can be loaded ({error}); save it again with Agent.save"
         raise CheckpointError(message) from error
     return agent

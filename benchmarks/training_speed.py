@@ -225,7 +225,7 @@ def model_of(config: ThroughputConfig, dropout: float, n_titles: int | None = No
 
 def batch_of(config: ThroughputConfig, n_titles: int | None = None) -> Batch:
     """Histories of a world, none of them shorter than the others."""
-    return _on(config, next(histories_of(config, config.training_users, n_titles).chunks(config.training_users)))
+    return next(histories_of(config, config.training_users, n_titles).chunks(config.training_users)).to(config.device)
 
 
 def histories_of(config: ThroughputConfig, n_users: int, n_titles: int | None = None) -> Histories:
@@ -250,10 +250,6 @@ LOSSES: dict[tuple[str, str], Callable[..., Tensor]] = {
     (REFERENCE, "all"): Reference.loss,
     (REFERENCE, "last"): Reference.last_loss,
 }
-
-
-def _on(config: ThroughputConfig, batch: Batch) -> Batch:
-    return Batch(*(None if x is None else x.to(config.device) for x in batch))  # type: ignore[arg-type]
 
 
 def _squares(config: ThroughputConfig, precision: str) -> tuple[Tensor, Tensor]:
@@ -288,7 +284,7 @@ def curves(config: ThroughputConfig) -> list[Figure]:
     histories = histories_of(config, (CURVE_USERS + HELD_OUT_USERS) * config.training_users)
     cut = CURVE_USERS * config.training_users
     rows = torch.arange(len(histories))
-    held_out = [_on(config, histories.batch(part)) for part in rows[cut:].split(config.training_users)]
+    held_out = [histories.batch(part).to(config.device) for part in rows[cut:].split(config.training_users)]
     works = (Work(REFERENCE), Work(OURS), Work(OURS, "bfloat16"))
     with torch.random.fork_rng(devices=[]):
         ran = [_curve(config, work, histories, cut, held_out) for work in works]
@@ -314,7 +310,8 @@ def _curve(
     for step in range(schedule.steps):
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * schedule.rate(step)
-        batch = _on(config, histories.batch(torch.from_numpy(rng.permutation(cut)[: config.training_users])))
+        drawn = torch.from_numpy(rng.permutation(cut)[: config.training_users])
+        batch = histories.batch(drawn).to(config.device)
         optimiser.zero_grad()
         with torch.autocast(config.device, torch.bfloat16, enabled=work.precision == "bfloat16"):
             value = loss(model, batch)

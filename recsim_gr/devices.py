@@ -1,6 +1,9 @@
-"""Where tensors are worked on, and in which precision."""
+"""Where tensors are worked on, in which precision, by whom, and by which random numbers."""
+
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from recsim_gr.errors import ConfigError
 
@@ -53,3 +56,40 @@ def has_bfloat16_products(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for what is narrower, else itself."""
+    return torch.promote_types(torch.float32, dtype)
+
+
+def in_a_transform() -> bool:
+    """Whether torch compiles, or `torch.func` vectorises, this code: then it wants the equations, and no backward pass
+    of ours."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------
+
+
+def random_numbers_kept(device: torch.device) -> AbstractContextManager[object]:
+    """Leaves torch's global generators as they were, that of the device too."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return torch.random.fork_rng(devices=[index], device_type=device.type)
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the global generators that a training there draws from, by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], device)

@@ -7,8 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-REDRAWS = 4
-"""A second, on a terminal."""
+REDRAWS = 2
+"""A second, on a terminal: four took .6 % of the time."""
 
 LINES = 10
 """A run, elsewhere."""

@@ -141,7 +141,7 @@ class RewardMember(nn.Module, ABC):
     def batches(self, histories: HistorySource, users: int = 256) -> Iterator[Batch]:
         """All histories in order, some users at a time, where its parameters are."""
         for batch in histories.chunks(users):
-            yield Batch(*(None if part is None else part.to(self.device) for part in batch))  # type: ignore[arg-type]
+            yield batch.to(self.device)
 
     def groups(self, head_rate: float) -> list[dict[str, object]]:
         """Optimiser groups with the head at ``head_rate`` times the rate of the backbone."""

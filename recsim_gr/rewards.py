@@ -5,7 +5,6 @@ plus ``imitation_weight`` times the imitation loss (the study's co-training).
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from recsim_gr.backbones import Backbone, build_backbone
+from recsim_gr.checkpoints import BROKEN, save_tensors, tensors_under
 from recsim_gr.configs import require, require_finite_numbers
-from recsim_gr.errors import CheckpointError, ConfigError, RecsimError
-from recsim_gr.files import atomic_path, read_json, write_json
+from recsim_gr.errors import CheckpointError, ConfigError
+from recsim_gr.files import read_json, write_json
 from recsim_gr.histories import Batch, Histories, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog, InteractionLog
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
@@ -228,12 +227,7 @@ class RewardEnsemble:
             about["calibration"] = {"noise": self.calibration.noise, "bounds": self.calibration.bounds}
             columns = {name: getattr(self.calibration, name) for name in ("user", "residual", "deviation")}
             state |= {f"calibration.{name}": torch.from_numpy(column) for name, column in columns.items()}
-        with atomic_path(directory / "rewards.safetensors") as temporary:
-            try:
-                save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, temporary)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        digest = save_tensors(directory / "rewards.safetensors", state)
         write_json(directory / "rewards.json", about | {"sha256": digest})
 
 
@@ -253,21 +247,13 @@ def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
         members = []
         for m in range(int(about["members"])):
             member = FORMS[about["form"]](build_backbone(about["backbone"]), 0.0)
-            member.load_state_dict(_under(f"members.{m}.", state))
+            member.load_state_dict(tensors_under(f"members.{m}.", state))
             members.append(member)
-        records = [_record(values) for values in about["records"]]
-        return RewardEnsemble(members, records, _calibration(about["calibration"], _under("calibration.", state)))
-    except (
-        RecsimError,
-        OSError,
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
+        records = [TrainingRecord.from_json(values) for values in about["records"]]
+        return RewardEnsemble(
+            members, records, _calibration(about["calibration"], tensors_under("calibration.", state))
+        )
+    except BROKEN as error:
         message = f"{directory} holds no reward ensemble that can be loaded ({error}); save it again"
         raise CheckpointError(message) from error
 
@@ -391,16 +377,6 @@ def _spread(scores: Tensor) -> Prediction:
 
 def _joined(parts: Sequence[Prediction]) -> Prediction:
     return Prediction(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _record(values: dict[str, Any]) -> TrainingRecord:
-    objectives = [(int(step), float(value)) for step, value in values["objectives"]]
-    best = math.inf if values["best_objective"] is None else float(values["best_objective"])  # inf is no JSON
-    return TrainingRecord(int(values["steps"]), int(values["best_step"]), best, objectives)
 
 
 def _calibration(about: dict[str, Any] | None, columns: dict[str, Tensor]) -> Calibration | None:

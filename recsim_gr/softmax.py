@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsim_gr.devices import in_a_transform, wide
+
 LOG2_E, LN_2 = 1.0 / math.log(2.0), math.log(2.0)
 
 SAFE_EXPONENT = 60.0
@@ -234,7 +236,7 @@ class _Pass:
     def __init__(self, states: Tensor, columns: Columns, chunk_rows: int) -> None:
         narrow = _product_dtype(states)
         self.columns = columns
-        self.wide = torch.promote_types(torch.float32, states.dtype)
+        self.wide = wide(states.dtype)
         self.n, self.c = len(states), len(columns.titles)
         self.rows = rows_of_a_chunk(self.n, self.c, chunk_rows)
         self.states = states.to(self.wide)
@@ -427,8 +429,3 @@ class _RowLosses(torch.autograd.Function):
 
 def _dtypes(states: Tensor, own: Tensor | None, titles: Tensor) -> tuple[torch.dtype, ...]:
     return states.dtype, titles.dtype if own is None else own.dtype, titles.dtype
-
-
-def in_a_transform() -> bool:
-    """Whether torch compiles, or `torch.func` vectorises, this code: then it wants the equation, not passes of ours."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None

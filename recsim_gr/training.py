@@ -29,7 +29,14 @@ from torch import Tensor, nn
 
 from recsim_gr.checkpoints import BROKEN, checkpoint_exists, read_checkpoint, tensors_under, write_checkpoint
 from recsim_gr.configs import require, require_finite_numbers, to_dict
-from recsim_gr.devices import PRECISIONS, autocast_dtype, resolve_device
+from recsim_gr.devices import (
+    PRECISIONS,
+    autocast_dtype,
+    random_numbers_kept,
+    random_states,
+    resolve_device,
+    set_random_states,
+)
 from recsim_gr.errors import CheckpointError, ConfigError, TrainingError
 from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.randomness import derived_seed, generator
@@ -67,11 +74,15 @@ class TrainingConfig:
     """Checks in a row without a lower objective, after which a run stops; 0 runs to the end: the rate falls to 0 there,
     so the best state comes late, and learners that are compared take the same number of steps."""
     precision: str = "float32"
-    """Of products while training, one of `PRECISIONS`; weights, optimiser and validation are float32 always. ``auto``
-    is another number on another machine, and a run directory must be the same on every one."""
+    """Of products while training, one of `PRECISIONS`; weights, optimiser and validation are float32 always. Results of
+    a run directory must be the same on every machine, and ``auto`` is something else on another. With native products
+    bfloat16 takes .68 of the time of a step at d = 64, 1,000 titles, 128 × 50 tokens, and 1.16 of it at d = 32, 200
+    titles, 64 × 20, where conversions cost more than products; runs end at the same likelihood."""
     compile: bool = False
-    """Whether the loss goes through ``torch.compile``; see the figures in `README.md`'s section on training. It takes a
-    compiler."""
+    """Whether the loss goes through ``torch.compile``, which takes a C++ compiler. On a CPU it does not pay: one to one
+    and a half minutes of compilation, and then 1.6 to 2.7 times as long a step, since what is compiled are the plain
+    equations, without our own backward passes. Measured as precision was, by
+    ``pytest -m benchmark -s tests/benchmarks/test_training_precision.py``."""
 
     def __post_init__(self) -> None:
         require_finite_numbers(self)
@@ -183,7 +194,7 @@ def train(
     told: list[Callable[[int, float], None]] = [] if progress is None else [progress.on_check]
     told += [] if after_check is None else [after_check]
     keeper = None if checkpoint is None else _Keeper(Path(checkpoint), run, identity or {})
-    with _random_numbers_kept(place):
+    with random_numbers_kept(place):
         if keeper is None or not keeper.restore():
             run.begin(judged=falls)
         batches = run.batches()
@@ -259,7 +270,7 @@ class _Run:
         if not judged:
             return
         self._first = list(islice(self.batches(), START_BATCHES))
-        with torch.no_grad(), _random_numbers_kept(self.device), self._autocast():
+        with torch.no_grad(), random_numbers_kept(self.device), self._autocast():
             losses = torch.stack([self.plain_loss(batch.to(self.device)) for batch in self._first]).double()
         self.start = float(losses.mean()), float(losses.std())
 
@@ -277,15 +288,15 @@ class _Run:
             group["lr"] = scale * config.learning_rate * config.rate(step)
         with self._autocast():
             value = self._compiled(batch.to(self.device)) if config.compile else self.loss(batch.to(self.device))
-        found = value.item()
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimiser.step()
+        found = value.item()  # behind all else: a device is waited for once a step
         if not math.isfinite(found):
             raise TrainingError(
                 f"{self.purpose} diverged: loss {found} at step {step} of {config.steps}; "
                 f"lower its learning rate ({config.learning_rate})"
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        self.optimiser.step()
         self.record.steps += 1
         self._losses.append(found)
         return found
@@ -366,7 +377,7 @@ class _Keeper:
         tensors = _named("module", run.module.state_dict()) | _named("best", run.best)
         for index, state in states.items():
             tensors |= _named(f"optimiser.{index}", state)
-        tensors |= _named("random", _random_states(run.device))
+        tensors |= _named("random", random_states(run.device))
         start = None if run.start is None else list(run.start)
         about = {"identity": self.identity, "record": asdict(run.record), "start": start, "torch": torch.__version__}
         write_checkpoint(self.directory, NAME, about, tensors)
@@ -415,11 +426,16 @@ class _Keeper:
             index, key = name.split(".", 1)
             states.setdefault(int(index), {})[key] = value
         groups = run.optimiser.state_dict()["param_groups"]
+        parameters = [parameter for group in run.optimiser.param_groups for parameter in group["params"]]
+        for number, state in states.items():
+            shape = parameters[number].shape
+            if state["exp_avg"].shape != shape or state["exp_avg_sq"].shape != shape or state["step"].numel() != 1:
+                raise ValueError(f"the optimiser's moments of parameter {number} are not {tuple(shape)}")
         run.optimiser.load_state_dict({"state": states, "param_groups": groups})
         run.record, run.best = record, best
         run.start = None if start is None else (float(start[0]), float(start[1]))
         run.module.train()
-        _set_random_states(run.device, tensors_under("random.", tensors))
+        set_random_states(run.device, tensors_under("random.", tensors))
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -433,32 +449,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# -- devices and their random numbers ----------------------------------------------------------------------------
-
-
 def _device_of(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _random_numbers_kept(device: torch.device) -> AbstractContextManager[object]:
-    """Leaves torch's global generators as they were, that of the device too."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
-    return torch.random.fork_rng(devices=[index], device_type=device.type)
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def _set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:

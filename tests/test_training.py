@@ -1,9 +1,11 @@
 """The training loop and pretraining: masks, batches, schedule, the state that is kept, determinism."""
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from recsim_gr.backbones import HSTU, HSTUConfig
+from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
 from recsim_gr.errors import ConfigError, TrainingError
 from recsim_gr.histories import Batch, Histories, split_logs
 from recsim_gr.log import InteractionLog
@@ -310,11 +312,227 @@ def test_a_diverging_run_is_named(log: InteractionLog, bad: float) -> None:
         ("learning_rate", math.nan),
         ("weight_decay", -0.1),
         ("warmup_steps", -1),
+        ("patience", -1),
+        ("patience", 0.5),
+        ("precision", "float16"),
+        ("compile", "yes"),
     ],
 )
 def test_a_bad_schedule_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"TrainingConfig\.{field} must be .*{value}"):
         TrainingConfig(**{field: value})
+
+
+# -- a loss that ends above its start -----------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """Its loss is what it is told: a level for every step, and noise that is the batch's own."""
+
+    def __init__(self, level: Callable[[int], float], noise: float, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.level, self.noise, self.step = level, noise, 0
+        self.rng = np.random.default_rng(seed)
+
+    def loss(self, batch: Batch) -> Tensor:
+        found = self.level(self.step) + self.noise * self.rng.standard_normal()
+        if torch.is_grad_enabled():
+            self.step += 1
+        return self.weight * 0.0 + found
+
+
+def told(log: InteractionLog, level: Callable[[int], float], noise: float = 0.05, seed: int = 0, **options: Any) -> int:
+    """How many steps were taken of 40 with ten checks; the objective falls all along."""
+    module = Told(level, noise, seed)
+    config = TrainingConfig(steps=40, batch_users=8, learning_rate=0.5, checks=10)
+    best = iter(range(100, 0, -1))
+    options = {"falls": True, **options}
+    return train(module, module.loss, lambda: next(best), Histories(log), config, 0, "telling", **options).steps
+
+
+RISES: dict[str, Callable[[int], float]] = {
+    "steadily": lambda step: 5.0 + 0.02 * step,
+    "at once": lambda step: 5.0 if step == 0 else 5.6,
+    "after it fell": lambda step: 5.0 - 0.1 * step if step < 20 else 3.0 + 0.15 * (step - 20),
+    "by explosion": lambda step: min(1e30, 5.0 * 1.7**step),
+    "swinging": lambda step: 5.0 if step == 0 else 50.0 + 45.0 * (-1) ** step,
+}
+FALLS: dict[str, Callable[[int], float]] = {
+    "steadily": lambda step: 5.0 - 0.02 * step,
+    "not at all": lambda step: 5.0,
+    "after it rose": lambda step: 5.0 + 3.0 * step if step < 20 else 4.5,
+    "and ends a little above": lambda step: 5.0 + 0.001 * step,
+}
+
+
+@pytest.mark.parametrize("name", RISES)
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_loss_that_ends_above_its_start_is_an_error(name: str, noise: float, log: InteractionLog) -> None:
+    with global_random_state_kept(), pytest.raises(TrainingError) as caught:
+        told(log, RISES[name], noise)
+    message = str(caught.value)
+    assert message.startswith("telling diverged: its loss was")
+    for part in ("at the start", "over the last 4 of 40 steps", "learning rate (0.5)", "warm-up (30 steps)"):
+        assert part in message
+    assert told(log, RISES[name], noise, falls=False) == 40
+
+
+@pytest.mark.parametrize("name", FALLS)
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_loss_that_falls_or_stays_is_none(name: str, noise: float, log: InteractionLog) -> None:
+    assert told(log, FALLS[name], noise) == 40
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), noise=st.floats(0.0, 3.0))
+def test_noise_alone_is_no_divergence(seed: int, noise: float, log: InteractionLog) -> None:
+    """A loss that learns nothing, whatever its noise: the bound is five standard errors."""
+    assert told(log, lambda step: 5.0, noise, seed) == 40
+
+
+def test_the_start_takes_nothing_from_the_run(log: InteractionLog) -> None:
+    """Neither batches nor random numbers: what is judged ends as what is not."""
+
+    def fitted(falls: bool) -> tuple[list[list[int]], Tensor]:
+        torch.manual_seed(0)
+        module, rows = nn.Linear(3, 1), []
+
+        def loss(batch: Batch) -> Tensor:
+            if torch.is_grad_enabled():
+                rows.append(batch.rows.tolist())
+            return (module(torch.rand(3)) ** 2).sum()
+
+        train(module, loss, lambda: 0.0, Histories(log), SHORT, 0, "drawing", falls=falls)
+        return rows, module.weight.detach().clone()
+
+    (rows, weight), (other_rows, other_weight) = fitted(False), fitted(True)
+    assert rows == other_rows
+    assert torch.equal(weight, other_weight)
+
+
+def test_a_state_that_only_gets_worse_on_validation_is_no_divergence(log: InteractionLog) -> None:
+    """Fine-tuning from a good start: the loss falls, validation rises, the start is kept, and that is a result."""
+    module = Walker()
+    record = train(module, module.loss, lambda: -module.slow.item(), Histories(log), SHORT, 0, "tuning", falls=True)
+    assert record.best_step == 0
+
+
+def test_pretraining_at_a_rate_far_too_high_is_an_error(log: InteractionLog) -> None:
+    config = HSTUConfig(dimensions=8, n_layers=1, similarity="dot")
+    steps = TrainingConfig(steps=12, batch_users=8, learning_rate=5.0, warmup_steps=0, checks=3)
+    with pytest.raises(TrainingError, match=r"lower its learning rate \(5\.0\)"):
+        pretrain(log, config, steps)
+
+
+# -- patience, precision, compilation, observers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("patience", "taken", "best"), [(0, 20, 20), (1, 6, 4), (2, 8, 4), (3, 20, 20), (9, 20, 20)])
+def test_a_run_stops_when_it_has_lost_its_patience(patience: int, taken: int, best: int, log: InteractionLog) -> None:
+    """Objectives at 0, 2, 4, …: lowest at 4, two worse, and from 10 on ever lower."""
+    objectives = [5.0, 4.0, 3.0, 3.5, 3.0, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5]
+    following = iter(objectives)
+    config = TrainingConfig(steps=20, checks=10, patience=patience, batch_users=4)
+    module, record = walk(log, lambda module: next(following), config)
+    assert (record.steps, record.best_step) == (taken, best)
+    assert record.objectives == [(2 * k, objectives[k]) for k in range(taken // 2 + 1)]
+    assert len(module.path) == taken
+    assert module.slow.item() == (module.path[best] if best < taken else pytest.approx(module.path[-1], abs=0.01))
+
+
+def test_bfloat16_learns_the_same_with_weights_in_float32() -> None:
+    world = World(WorldConfig(n_titles=20, history_length=5, reward_noise=0.0))
+    log, held_out = world.generate_log(200), world.generate_log(200, split="validation")
+    steps = TrainingConfig(steps=40, batch_users=32, learning_rate=1e-2, warmup_steps=4, checks=4)
+
+    def fitted(precision: str) -> tuple[Backbone, TrainingRecord]:
+        return pretrain_with_record(log, HSTUConfig(dimensions=16), replace(steps, precision=precision), held_out)
+
+    (backbone, narrow), (again, same), (_, wide) = (fitted(name) for name in ("bfloat16", "bfloat16", "float32"))
+    assert {value.dtype for value in backbone.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), again.parameters(), strict=True))
+    assert narrow.objectives == same.objectives
+    assert narrow.objectives[0] == wide.objectives[0]  # validation is float32
+    assert narrow.objectives[1:] != wide.objectives[1:]
+    fallen = wide.objectives[0][1] - wide.best_objective
+    assert fallen > 1.0
+    assert abs(narrow.best_objective - wide.best_objective) < 0.03 * fallen
+
+
+def test_the_loss_is_compiled_where_it_is_asked_for(log: InteractionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation itself takes most of a minute, so it is replaced by one that does nothing, and by one that fails."""
+    compiled = []
+
+    def as_it_is(loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        compiled.append(loss)
+        return loss
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    plain = pretrain(log, SMALL, SHORT)
+    assert compiled == []
+    backbone = pretrain(log, SMALL, replace(SHORT, compile=True))
+    assert len(compiled) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), backbone.parameters(), strict=True))
+
+    def failing(loss: object) -> Callable[[Batch], Tensor]:
+        def call(batch: Batch) -> Tensor:
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(ConfigError, match=r"TrainingConfig\.compile: .*\(no compiler\); leave it off"):
+        pretrain(log, SMALL, replace(SHORT, compile=True))
+
+
+class Ears:
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int, float]] = []
+        self.tokens: list[int] = []
+
+    def on_step(self, step: int, loss: float, tokens: int) -> None:
+        self.heard.append(("step", step, loss))
+        self.tokens.append(tokens)
+
+    def on_check(self, step: int, objective: float) -> None:
+        self.heard.append(("check", step, objective))
+
+
+def test_an_observer_is_told_every_step_and_check(log: InteractionLog) -> None:
+    ears, batches = Ears(), []
+    after: list[tuple[int, float]] = []
+    module = Walker()
+
+    def loss(batch: Batch) -> Tensor:
+        batches.append(int(batch.valid.sum()))
+        return module.loss(batch)
+
+    record = train(
+        module,
+        loss,
+        module.slow.item,
+        Histories(log),
+        SHORT,
+        0,
+        "walking",
+        lambda *check: after.append(check),
+        progress=ears,
+    )
+    steps = [(step, value) for kind, step, value in ears.heard if kind == "step"]
+    assert [step for step, _ in steps] == list(range(1, 13))
+    assert steps[0][1] == 0.0  # the loss that the first step found
+    assert ears.tokens == batches
+    assert [(step, value) for kind, step, value in ears.heard if kind == "check"] == record.objectives[1:] == after
+    assert [kind for kind, *_ in ears.heard[:6]] == ["step"] * 4 + ["check", "step"]
+
+
+def test_a_record_survives_json() -> None:
+    record = TrainingRecord(7, 3, 0.1 + 0.2, [(0, 1.5), (3, 0.1 + 0.2)])
+    assert TrainingRecord.from_json(json.loads(json.dumps(asdict(record)))) == record
+    assert TrainingRecord.from_json({**asdict(TrainingRecord(0)), "best_objective": None}) == TrainingRecord(0)
 
 
 # -- splitting ----------------------------------------------------------------------------------------------------

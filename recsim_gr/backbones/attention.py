@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsim_gr.devices import in_a_transform, wide
+
 NORMALISERS = ("length", "softmax")
 """What makes weights of scores: SiLU over the configured length (HSTU), or softmax over what may be read."""
 
@@ -115,16 +117,6 @@ def plain_attention(
         rows.append(weights.to(v.dtype) @ v[:, :, block.columns])
     values = torch.cat(rows, dim=2).transpose(1, 2).reshape(b, t, -1)
     return values.to(wide(values.dtype)), u.to(wide(u.dtype))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 for what is narrower, else itself."""
-    return torch.promote_types(torch.float32, dtype)
-
-
-def in_a_transform() -> bool:
-    """Whether torch compiles or vectorises this code: then it wants the equations, not a backward pass of ours."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 class _Attention(torch.autograd.Function):

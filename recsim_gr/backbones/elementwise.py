@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsim_gr.backbones.attention import in_a_transform, wide
+from recsim_gr.devices import in_a_transform, wide
 
 LANE = 16
 """Bits of randomness an element: a probability is rounded to a multiple of 2^-16."""
