@@ -15,16 +15,7 @@ from recsim_gr.benchmarks.experiment import (
     experiment_identity,
     seconds_per_step,
 )
-from recsim_gr.benchmarks.reward_model_measures import (
-    CONSTANT,
-    FLOOR,
-    Exposures,
-    FloatArray,
-    chosen_exposures,
-    floor_statistic,
-    forced_exposures,
-    measures,
-)
+from recsim_gr.benchmarks.reward_model_measures import CONSTANT, FLOOR, floor_statistic, measures
 from recsim_gr.benchmarks.reward_model_report import write_table1
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
@@ -34,6 +25,7 @@ from recsim_gr.pretraining import pretrain_with_record
 from recsim_gr.reward_baselines import BASELINES
 from recsim_gr.reward_heads import FORMS
 from recsim_gr.reward_intervals import Prediction
+from recsim_gr.reward_truth import Exposures, FloatArray, chosen_exposures, coverage, forced_exposures
 from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
@@ -261,9 +253,8 @@ def _coverage_figures(
     `recsim_gr.reward_intervals`."""
     figures, expected = {}, exposures.targets["expected"]
     for name, of, target in (("score", "score", exposures.targets["score"]), ("expected", "mean", expected)):
-        low, high = ensemble.around(predicted, COVERAGE, of)
-        figures[f"{place}_{name}_coverage"] = float(((low <= target) & (target <= high))[exposures.valid].mean())
-        figures[f"{place}_{name}_half_width"] = float((high - low)[exposures.valid].mean() / 2)
+        covered, _, width = coverage(ensemble.around(predicted, COVERAGE, of), target, exposures.valid)
+        figures[f"{place}_{name}_coverage"], figures[f"{place}_{name}_half_width"] = covered, width / 2
     figures[f"{place}_expected_bias"] = float((predicted.mean - expected)[exposures.valid].mean())
     return figures
 

@@ -18,10 +18,8 @@ from recsim_gr.benchmarks.reward_model import Bench
 from recsim_gr.benchmarks.reward_model_measures import (
     BASELINES,
     FLOOR,
-    errors_and_ranks,
     floor_statistic,
     rmse_gain,
-    spearman_within,
 )
 from recsim_gr.benchmarks.reward_model_report import Grid, checks, figure, gain_of, gain_table, summary
 from recsim_gr.benchmarks.runner import run
@@ -30,6 +28,7 @@ from recsim_gr.cli import main
 from recsim_gr.errors import ConfigError, RunDirectoryError
 from recsim_gr.pretraining import pretrain
 from recsim_gr.reward_baselines import Additive, TitleMean, UserMean
+from recsim_gr.reward_truth import agreement, spearman_within
 from recsim_gr.rewards import fit_reward_ensemble
 
 SMOKE = RewardModel.presets["smoke"]
@@ -46,7 +45,7 @@ def test_errors_and_ranks_are_scipy_s_user_by_user(seed: int, users: int, length
     predicted, target = (random.integers(0, 4, (users, length)).astype(float) for _ in range(2))
     valid = np.arange(length) < random.integers(1, length + 1, users)[:, None]
     predicted[~valid] = random.choice([np.nan, 1e9], size=(~valid).sum())  # what stands on padding plays no part
-    found = errors_and_ranks(predicted, target, valid)
+    found = agreement(predicted, target, valid)._asdict()
     errors = [predicted[u, t] - target[u, t] for u in range(users) for t in range(length) if valid[u, t]]
     assert found["rmse"] == pytest.approx(np.sqrt(sum(e * e for e in errors) / len(errors)))
     assert found["mae"] == pytest.approx(sum(map(abs, errors)) / len(errors))
