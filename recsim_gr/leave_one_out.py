@@ -88,7 +88,9 @@ class LeaveOneOut:
         lengths = sequences.lengths
         users = np.flatnonzero(lengths >= FEWEST_EVENTS)
         if len(users) == 0:
-            raise DataFileError(f"no user has {FEWEST_EVENTS} events, so that none can be tested; give longer histories")
+            raise DataFileError(
+                f"no user has {FEWEST_EVENTS} events, so that none can be tested; give longer histories"
+            )
         self.sequences, self.left_out = sequences, len(sequences) - len(users)
         self.validation = HeldOut(sequences, users, sequences.starts[users + 1] - 2)
         self.test = HeldOut(sequences, users, sequences.starts[users + 1] - 1)

@@ -143,16 +143,16 @@ def read_sequences(path: str | Path, repeats: str = "refuse", time_unit: str = "
     times = file.numbers(table, "timestamp")
     has_ratings = "rating" in file.columns
     scores = _scores(file.numbers(table, "rating")) if has_ratings else np.full(len(times), NEUTRAL_SCORE, np.float32)
-    order = np.lexsort((times, users.index))  # stable: events of one time stay in the order of the file
-    again = _repeats(users.index[order], titles.index[order], len(titles.names))
+    order = np.lexsort((times, users.numbers))  # stable: events of one time stay in the order of the file
+    again = _repeats(users.numbers[order], titles.numbers[order], len(titles.names))
     if again.any() and repeats == "refuse":
         raise file.complaint(int(order[again].min()), "has a user and a title that an earlier event has", _KEEP_FIRST)
     kept = order[~again]
-    user, hours = users.index[kept], times[kept] / TIME_UNITS[time_unit]
+    user, hours = users.numbers[kept], times[kept] / TIME_UNITS[time_unit]
     starts = np.append(0, np.cumsum(np.bincount(user, minlength=len(users.names)))).astype(np.int64)
     return Sequences(
         starts=starts,
-        titles=titles.index[kept].astype(np.int64),
+        titles=titles.numbers[kept].astype(np.int64),
         scores=scores[kept],
         hours=hours - hours[starts[:-1]][user],
         user_names=users.names,
@@ -169,7 +169,7 @@ _KEEP_FIRST = 'repeats="first" (--repeats first) keeps the first of them'
 class _Numbered(NamedTuple):
     """A column of names as numbers."""
 
-    index: NDArray[np.int32]
+    numbers: NDArray[np.int32]
     names: pa.Array
 
 
@@ -233,10 +233,10 @@ class _TextFile:
         found = {what: plain[name] for what, known in NAMES.items() for name in known[::-1] if name in plain}
         missing = [what for what in NAMES if what not in found and what != "rating"]
         if missing:
-            known = ", ".join(NAMES[missing[0]])
+            known, between = ", ".join(NAMES[missing[0]]), "tabs" if self.atomic else "commas"
             raise DataFileError(
                 f"{self.path} line 1: no column for the {missing[0]} among {', '.join(names)[:200]!r}; "
-                f"it is found by one of the names {known}, with {'tabs' if self.atomic else 'commas'} between the fields"
+                f"it is found by one of the names {known}, with {between} between the fields"
             )
         return found
 
@@ -324,8 +324,9 @@ class _TextFile:
         return DataFileError(f"{self.path} cannot be read ({reason}); {_FORMATS}")
 
     def _fields(self, lines: list[str]) -> Iterator[list[str]]:
-        quoting = plain_csv.QUOTE_NONE if self.atomic else plain_csv.QUOTE_MINIMAL
-        return plain_csv.reader(lines, delimiter=self.delimiter, quoting=quoting)
+        if self.atomic:
+            return plain_csv.reader(lines, delimiter=self.delimiter, quoting=plain_csv.QUOTE_NONE)
+        return plain_csv.reader(lines, delimiter=self.delimiter)
 
     def _not_text(self, line: int) -> DataFileError:
         return DataFileError(f"{self.path} line {line} or the next ones are no text in UTF-8; save the file in UTF-8")
