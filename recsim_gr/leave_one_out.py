@@ -57,6 +57,11 @@ class HeldOut:
         """(n,) the titles chosen next."""
         return self.sequences.titles[self.events]
 
+    def some(self, most: int) -> "HeldOut":
+        """So many of the users at most, evenly spaced among them."""
+        step = -(-len(self) // most)
+        return HeldOut(self.sequences, self.users[::step], self.events[::step])
+
     def contexts(self, rows: slice, length: int) -> Observations:
         """The last ``length`` events, or as many as there are, before what came next."""
         stop, first = self.events[rows], self.sequences.starts[self.users[rows]]

@@ -172,6 +172,13 @@ def test_held_out_nll_equals_a_softmax_of_each_user_alone(config: HSTUConfig | S
     assert ranks(backbone_scorer(backbone), split.test).tolist() == rank
 
 
+def test_some_users_are_spaced_evenly() -> None:
+    split = LeaveOneOut(sequences_of([[u, u + 1, u + 2] for u in range(7)], 9))
+    assert split.test.some(3).users.tolist() == [0, 3, 6]
+    assert split.test.some(3).titles.tolist() == [2, 5, 8]
+    assert split.test.some(7).users.tolist() == split.test.users.tolist()
+
+
 def test_windows_can_be_trained_on() -> None:
     split = LeaveOneOut(sequences_of([[0, 1, 2, 3, 4, 5, 6], [3, 2]], 7))
     histories = Histories(split.training_windows(2))

@@ -66,15 +66,15 @@ def test_what_is_read_equals_plain_python(
         expected[user] = [(title, score, (t - own[0][3]) / 3600) for _, title, score, t in own]
     read = histories(found)
     assert list(read) == list(expected)
-    for user, own in expected.items():
-        assert [(title, score) for title, score, _ in read[user]] == [(title, score) for title, score, _ in own]
-        assert [hours for *_, hours in read[user]] == pytest.approx([hours for *_, hours in own], abs=1e-6)
+    for user, wanted in expected.items():
+        assert [event[:2] for event in read[user]] == [event[:2] for event in wanted]
+        assert [event[2] for event in read[user]] == pytest.approx([event[2] for event in wanted], abs=1e-6)
     assert found.title_names.to_pylist() == list(dict.fromkeys(title for _, title, *_ in events))
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_windows_are_the_last_events_with_times_of_their_own(tmp_path: Path) -> None:
-    events: list[Event] = [("u", f"t{k}", 3, 10**9 + 7200 * k) for k in range(5)] + [("v", "t0", 4, 5)]
+    events: list[Event] = [*(("u", f"t{k}", 3.0, 10**9 + 7200 * k) for k in range(5)), ("v", "t0", 4.0, 5)]
     found = read_sequences(written(tmp_path / "e.inter", events))
     last = found.observations(3)
     assert last.titles.tolist() == [[2, 3, 4], [0, 5, 5]]  # five titles: 5 is the padding
@@ -98,7 +98,7 @@ def test_minutes_survive_years(tmp_path: Path) -> None:
     [([1, 5, 2.5], [1, 5, 2.5]), ([0.5, 5, 2.75], [1, 5, 3]), ([-10, 10, 0], [1, 5, 3]), ([7, 7, 7], [1, 1, 1])],
 )
 def test_ratings_become_scores(ratings: list[float], scores: list[float], tmp_path: Path) -> None:
-    events = [("u", f"t{k}", rating, k) for k, rating in enumerate(ratings)]
+    events: list[Event] = [("u", f"t{k}", rating, k) for k, rating in enumerate(ratings)]
     assert read_sequences(written(tmp_path / "e.inter", events)).scores.tolist() == pytest.approx(scores)
 
 
