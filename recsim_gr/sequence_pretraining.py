@@ -4,9 +4,7 @@ A run directory holds ``config.json`` (what decides the result), ``training`` (t
 same call goes on), ``backbone.json`` and ``backbone.safetensors`` (see `recsim_gr.load_backbone`), ``titles.json`` (the
 file's name of every title) and ``result.json`` (all figures).
 
-Which values a backbone has by default is in `PRESETS`, chosen on MovieLens-100K by one rule: the highest validation
-NDCG@10, averaged over two seeds that are never reported, of a small search with the same number of trials and epochs
-for each backbone; test figures had no say.
+Which values a backbone has by default is in `PRESETS`.
 """
 
 import math
@@ -93,10 +91,18 @@ class Preset(NamedTuple):
 
 
 PRESETS: dict[str, Preset] = {
-    "hstu": Preset(HSTUConfig(dimensions=64, max_length=50, dropout=0.5, scores=False), Schedule()),
-    "sasrec": Preset(SASRecConfig(dimensions=64, max_length=50, dropout=0.5, scores=False), Schedule()),
-    "set": Preset(SetEncoderConfig(dimensions=64, max_length=50, dropout=0.5, scores=False), Schedule()),
+    "hstu": Preset(HSTUConfig(dimensions=64, max_length=50, dropout=0.5, scores=False), Schedule(learning_rate=1e-2)),
+    "sasrec": Preset(
+        SASRecConfig(dimensions=64, max_length=50, dropout=0.2, scores=False), Schedule(learning_rate=3e-3)
+    ),
+    "set": Preset(
+        SetEncoderConfig(dimensions=64, max_length=50, dropout=0.2, scores=False), Schedule(learning_rate=1e-2)
+    ),
 }
+"""By one rule, on MovieLens-100K: the highest validation NDCG@10 at seed 1000, which is never reported, of the same trials
+for each backbone: dropout .2 and .5 by rates 3e-3 and 1e-2. All else was set beforehand: 64 wide, two layers and windows of
+50, as the public runs have it, and 40 epochs, after which held-out NLL has turned or is flat. Tokens carry no ratings, as
+in the field. Test figures had no say."""
 
 
 def preset(name: str) -> Preset:
