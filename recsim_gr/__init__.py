@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from recsim_gr.reward_truth import reward_calibration
     from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble, load_reward_ensemble
     from recsim_gr.scoring import Evaluation, Examination, evaluate
+    from recsim_gr.sequence_pretraining import pretrain_sequences
+    from recsim_gr.sequences import Sequences, read_sequences
     from recsim_gr.training import TrainingConfig
     from recsim_gr.world import World, WorldConfig
 
@@ -63,6 +65,9 @@ _HOME = {
     "Evaluation": "scoring",
     "Examination": "scoring",
     "evaluate": "scoring",
+    "pretrain_sequences": "sequence_pretraining",
+    "Sequences": "sequences",
+    "read_sequences": "sequences",
     "TrainingConfig": "training",
     "World": "world",
     "WorldConfig": "world",
@@ -91,6 +96,7 @@ __all__ = [
     "RewardEnsembleConfig",
     "SASRec",
     "SASRecConfig",
+    "Sequences",
     "SetEncoder",
     "SetEncoderConfig",
     "ShardedLog",
@@ -109,6 +115,8 @@ __all__ = [
     "load_reward_ensemble",
     "log_truth",
     "pretrain",
+    "pretrain_sequences",
+    "read_sequences",
     "reward_calibration",
     "save_backbone",
 ]

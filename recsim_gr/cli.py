@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -100,6 +101,60 @@ class Generate:
     world: tyro.conf.OmitArgPrefixes[GeneratedWorld] = field(default_factory=GeneratedWorld)
 
 
+def _chosen(metavar: str, by_default: str = "chosen for the backbone") -> Any:
+    """An option that is None where it is not given, and what that means."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {by_default})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Train a backbone by imitation on real sequences, or on a log; the same command goes on where it stopped.
+
+    Real sequences are tested by leave-one-out with full ranking, beside popularity and item-kNN. Options that are not
+    given keep what was chosen for the backbone on MovieLens-100K, or for logs what `recsim_gr.pretrain` does.
+    """
+
+    data: Path
+    """RecBole's .inter file, or comma-separated values with a header (user, title, timestamp, and rating if there is
+    one); or a log: the directory that `recsim-gr generate` made, or a Parquet file of one."""
+    backbone: str = "hstu"
+    """hstu, sasrec, set, or another that is registered."""
+    out: Path = Path("runs/pretrain")
+    """The run directory: result.json, the backbone, and the training as it stands."""
+    seed: int = 0
+    """Of initial weights, batches and dropout."""
+    epochs: Annotated[float | None, _chosen("FLOAT")] = None
+    """Passes over the training events."""
+    steps: Annotated[int | None, _chosen("INT")] = None
+    """Gradient steps, instead of epochs."""
+    batch: Annotated[int | None, _chosen("INT")] = None
+    """Windows of events a batch (of a log: users)."""
+    learning_rate: Annotated[float | None, _chosen("FLOAT")] = None
+    """Peak rate of AdamW."""
+    weight_decay: Annotated[float | None, _chosen("FLOAT")] = None
+    """Of AdamW."""
+    max_length: Annotated[int | None, _chosen("INT")] = None
+    """Events of a window, and positions of the backbone."""
+    dimensions: Annotated[int | None, _chosen("INT")] = None
+    """Width of the backbone."""
+    n_layers: Annotated[int | None, _chosen("INT")] = None
+    """Layers of the backbone."""
+    n_heads: Annotated[int | None, _chosen("INT")] = None
+    """Heads of the backbone."""
+    dropout: Annotated[float | None, _chosen("FLOAT")] = None
+    """Share of what is dropped while it trains."""
+    scores: Annotated[bool | None, _chosen("{True,False}")] = None
+    """Whether the backbone reads ratings; off for real sequences, as in the field."""
+    precision: Annotated[str | None, _chosen("TEXT")] = None
+    """Of training: float32, bfloat16 or auto."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+    repeats: Annotated[str | None, _chosen("TEXT", "refuse")] = None
+    """A user who meets a title again: refuse, or first, which passes over all but the first time."""
+    time_unit: Annotated[str | None, _chosen("TEXT", "seconds")] = None
+    """Of a file's timestamps: seconds, milliseconds or hours."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Draw the report of a run again."""
@@ -151,6 +206,7 @@ class List:
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[DrawWorld, tyro.conf.subcommand("world")]
     | Annotated[List, tyro.conf.subcommand("list")]
@@ -222,6 +278,93 @@ def generate_log(command: Generate, console: Console) -> int:
         f"{log.n_users:,} users, {len(log):,} events, {megabytes(log.size)}. The log: {command.out}", markup=False
     )
     return 0
+
+
+def pretrain_backbone(command: Pretrain, console: Console) -> int:
+    """Pretrains on what the data are, and says how good it became."""
+    from recsim_gr.log import InteractionLog
+    from recsim_gr.progress import TrainingProgress
+    from recsim_gr.sequence_pretraining import pretrain_log, pretrain_sequences
+    from recsim_gr.sequences import read_sequences
+
+    reading = {name: getattr(command, name) for name in ("repeats", "time_unit")}
+    reading = {name: value for name, value in reading.items() if value is not None}
+    is_log = command.data.is_dir() or command.data.suffix == ".parquet"
+    if is_log and reading:
+        option = f"--{next(iter(reading)).replace('_', '-')}"
+        raise ConfigError(f"{option} is for files of real sequences; leave it out, or give such a file as --data")
+    backbone, schedule = _pretraining_of(command, is_log)
+    with ExitStack() as shown:
+
+        def progress(steps: int) -> TrainingProgress:
+            return shown.enter_context(TrainingProgress(console, steps, command.backbone))
+
+        where: dict[str, Any] = {"device": command.device, "progress": progress}
+        if is_log:
+            log = InteractionLog.open(command.data)
+            trained = pretrain_log(log, backbone, schedule, command.out, command.seed, **where).training
+        else:
+            sequences = read_sequences(command.data, **reading)
+            result = pretrain_sequences(sequences, backbone, schedule, command.out, command.seed, **where)
+            trained = result.training
+    if not is_log:
+        for table in _ranking_tables(result, command.backbone):
+            console.print(table)
+    console.print(
+        f"{trained.steps:,} steps; held-out NLL {trained.objectives[0][1]:.3f} at the start, "
+        f"{trained.best_objective:.3f} nats after {trained.best_step:,}, which is kept. The run: {command.out}",
+        markup=False,
+    )
+    return 0
+
+
+def _pretraining_of(command: Pretrain, is_log: bool) -> tuple[Any, Any]:
+    """The backbone's config and the schedule, with the options that were given.
+
+    Raises:
+        UnknownNameError: no such backbone.
+        ConfigError: a value that makes no sense, or an option that the backbone does not have.
+    """
+    from recsim_gr.backbones import backbone_type
+    from recsim_gr.sequence_pretraining import LOG_SCHEDULE, preset
+
+    backbone, schedule = preset(command.backbone)
+    if is_log:
+        backbone, schedule = backbone_type(command.backbone).config_type(), LOG_SCHEDULE
+    shape = {name: getattr(command, name) for name in _SHAPE if getattr(command, name) is not None}
+    foreign = sorted(set(shape) - {field.name for field in fields(backbone)})
+    if foreign:
+        raise ConfigError(f"backbone {command.backbone!r} has no --{foreign[0].replace('_', '-')}; leave it out")
+    course = {
+        name: getattr(command, name) for name in ("epochs", "steps", "learning_rate", "weight_decay", "precision")
+    }
+    course |= {"batch_windows": command.batch}
+    if command.epochs is not None:
+        if command.steps is not None:
+            raise ConfigError("--epochs and --steps say the same thing twice; leave one out")
+        course["steps"] = 0
+    return replace(backbone, **shape), replace(schedule, **{k: v for k, v in course.items() if v is not None})
+
+
+_SHAPE = ("max_length", "dimensions", "n_layers", "n_heads", "dropout", "scores")
+
+
+def _ranking_tables(result: Any, backbone: str) -> list[Table]:
+    """A table of figures for validation and one for the test."""
+    tables = []
+    for part, models in result.figures.items():
+        table = Table(title=f"{part}: mean over users ± standard error", title_justify="left")
+        table.add_column("")
+        metrics = next(iter(models.values()))
+        for metric in metrics:
+            table.add_column(metric, justify="right")
+        ranked = {f"{backbone}, seen titles ranked too": result.seen_ranked[part]}
+        for name, found in (models | ranked).items():
+            k, shrinkage, memory = result.knn
+            about = f" (k {k}, shrinkage {shrinkage:g}, last {memory or 'all'})" if name == "item-kNN" else ""
+            table.add_row(name + about, *(f"{figure.mean:.4f} ± {figure.error:.4f}" for figure in found.values()))
+        tables.append(table)
+    return tables
 
 
 def draw_report(command: Report, console: Console) -> int:
@@ -332,6 +475,7 @@ def _about_suite(kind: Any) -> str:
 COMMANDS: dict[type, Any] = {
     Run: run_suite,
     Generate: generate_log,
+    Pretrain: pretrain_backbone,
     Report: draw_report,
     DrawWorld: show_world,
     List: list_all,

