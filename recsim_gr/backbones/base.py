@@ -115,9 +115,18 @@ def new_backbone(config: BackboneConfig, n_titles: int, metadata: TitleMetadata 
     Raises:
         UnknownNameError: no registered backbone has a config of that type.
     """
+    return backbone_for(config)(config, n_titles, metadata)
+
+
+def backbone_for(config: BackboneConfig) -> type["Backbone"]:
+    """The registered backbone that the config belongs to.
+
+    Raises:
+        UnknownNameError: no registered backbone has a config of that type.
+    """
     for kind in BACKBONES.values():
         if kind.config_type is type(config):
-            return kind(config, n_titles, metadata)
+            return kind
     known = ", ".join(kind.config_type.__name__ for kind in BACKBONES.values())
     raise UnknownNameError(f"no backbone takes a {type(config).__name__}; there are {known}")
 
