@@ -14,7 +14,7 @@ arXiv:2309.07602). A token carries the score that its title got unless ``scores=
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,5 +106,6 @@ class SASRec(Backbone):
         for block in self.blocks[:-1]:
             x = block(x, allowed.unsqueeze(1))
         own = allowed[torch.arange(len(x), device=x.device), last][:, None, None]
-        normed: Tensor = self.norm(self.blocks[-1].last(x, own, last).squeeze(1))
+        final = cast("SASRecBlock", self.blocks[-1])
+        normed: Tensor = self.norm(final.last(x, own, last).squeeze(1))
         return normed
