@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recsim_gr import configs
-from recsim_gr.backbones import BackboneConfig, HSTUConfig, new_backbone
+from recsim_gr.backbones import BackboneConfig, HSTUConfig, backbone_for, backbone_type, new_backbone
 from recsim_gr.behaviour import BehaviourConfig
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import ConfigError
@@ -144,14 +144,34 @@ def _parsed(options: tuple[str, ...], kind: type[BehaviourConfig]) -> dict[str, 
     return parsed
 
 
+def backbone_of_kind(name: str, preset: BackboneConfig) -> BackboneConfig:
+    """The config of another backbone, for a preset that was made for one.
+
+    What the preset sets otherwise than its own kind's defaults carries over, where the other has the field; the rest
+    are the other's defaults, since a default is a choice for one kind (SASRec's plain product, a set's no positions).
+
+    Raises:
+        UnknownNameError: no such backbone; lists those that are.
+        ConfigError: a value that the other refuses.
+    """
+    kind = backbone_type(name).config_type
+    if kind is type(preset):
+        return preset
+    usual, known = type(preset)(), {f.name for f in fields(kind)}
+    chosen = {f.name: getattr(preset, f.name) for f in fields(preset) if f.name in known}
+    return kind(**{option: value for option, value in chosen.items() if value != getattr(usual, option)})
+
+
 def experiment_identity(config: ExperimentConfig) -> dict[str, Any]:
-    """The config as JSON values; a data file counts by its content, not by where it lies.
+    """The config as JSON values; a data file counts by its content, not by where it lies, and a backbone by its name
+    too, since two kinds may have the same fields.
 
     Raises:
         ConfigError: a replayed world that does not fit its settings.
         DataFileError: a matrix that cannot be read.
     """
     values = configs.to_dict(config)
+    values["backbone"]["kind"] = backbone_for(config.backbone).name
     if config.world == "replay":
         build_world(config, config.noise_levels[0], config.seeds[0])  # before anything is written or run
         values["data"] = Path(config.data).name

@@ -49,6 +49,8 @@ class Run:
     """Which agents take part, see `recsim-gr list`."""
     n_titles: int | None = None
     """Size of a simulated catalogue."""
+    backbone: str | None = None
+    """hstu, sasrec or set; the preset's own sizes carry over."""
     world_options: tuple[str, ...] | None = None
     """Further fields of the world's config, as name=value: cold_share=0.2, order_effect=1, history_median=8, …"""
     history_length: int | None = None
@@ -450,6 +452,7 @@ def overridden(config: Any, command: Run) -> Any:
 
     Raises:
         ConfigError: an option that the suite does not have, or a value that it refuses.
+        UnknownNameError: no such backbone.
     """
     known = {field.name for field in fields(config)}
     settings = {
@@ -461,6 +464,10 @@ def overridden(config: Any, command: Run) -> Any:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"suite {command.suite!r} has no option --{unknown[0].replace('_', '-')}")
+    if command.backbone is not None:
+        from recsim_gr.benchmarks.experiment import backbone_of_kind
+
+        given["backbone"] = backbone_of_kind(command.backbone, config.backbone)
     return replace(config, **given)
 
 

@@ -80,6 +80,29 @@ def test_a_state_after_every_prefix(kind: str, length: int) -> None:
 
 
 @kinds
+@PROPERTY
+@given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4), seed=st.integers(0, 999))
+def test_the_last_state_alone_is_that_of_all_states(kind: str, lengths: list[int], seed: int) -> None:
+    """Wherever each history ends; in gradients too."""
+    backbone = make(kind, seed)
+    titles, scores, times = histories(len(lengths), 7, seed)
+    ends = torch.tensor(lengths)
+    titles = titles.masked_fill(torch.arange(7) >= ends[:, None], N_TITLES)
+    found = backbone.encode_last(titles, scores, times)
+    expected = backbone.encode(titles, scores, times)[torch.arange(len(lengths)), ends]
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+    parameters = list(backbone.parameters())
+    for one, two in zip(
+        torch.autograd.grad((found * weights).sum(), parameters, allow_unused=True),
+        torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True),
+        strict=True,
+    ):
+        one, two = (torch.zeros(1) if gradient is None else gradient for gradient in (one, two))
+        assert float((one - two).abs().max()) <= 1e-5 * (1.0 + float(two.abs().max()))
+
+
+@kinds
 def test_what_comes_later_changes_nothing_before(kind: str) -> None:
     backbone = make(kind)
     titles, scores, times = histories(2, 6)

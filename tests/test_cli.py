@@ -1,13 +1,17 @@
 """The command line: exit codes, one line a mistake, nothing overwritten."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from recsim_gr.backbones import BACKBONES, backbone_type
+from recsim_gr.benchmarks.experiment import backbone_of_kind
+from recsim_gr.benchmarks.suite import suite_type
 from recsim_gr.cli import FAILED_CELLS, INTERRUPTED, USER_ERROR, main
+from recsim_gr.configs import to_dict
 from recsim_gr.log import InteractionLog, ShardedLog
 from recsim_gr.world import World, WorldConfig
 
@@ -52,6 +56,8 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*LANDSCAPE, "--world-options", "cold_share=0.95"], "smaller than the 2 titles of the first epoch"),
         ([*LANDSCAPE, "--world-options", "duration_debiased=true", "--noise-model", "drift"], "duration_debiased must"),
         (["run", "convergence", "--agents", "BC"], "has no option --agents"),
+        ([*LANDSCAPE, "--backbone", "gru4rec"], "no backbone 'gru4rec'; there are hstu, sasrec, set"),
+        (["run", "throughput", "--backbone", "sasrec"], "has no option --backbone"),
         ([*GENERATE, "--titles", "1"], "WorldConfig.n_titles must be at least 2"),
         ([*GENERATE, "--reward-noise", "1.5"], "WorldConfig.reward_noise must be between 0 and 1"),
         ([*GENERATE, "--noise-model", "cauchy"], "WorldConfig.noise_model must be one of watch_time"),
@@ -197,6 +203,25 @@ def test_landscape_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     html = (tmp_path / "out" / "report.html").read_text()
     assert "ASFT" in html
     assert (tmp_path / "out" / "figures" / "landscape.svg").exists()
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_presets_sizes_carry_over_to_another_backbone(kind: str) -> None:
+    suite = suite_type("landscape")
+    preset = suite.preset("smoke")
+    config = replace(preset, backbone=backbone_of_kind(kind, preset.backbone))
+    own = backbone_type(kind).config_type()
+    assert config.backbone == replace(own, **{x: getattr(preset.backbone, x) for x in ("n_layers", "dropout")})
+    assert suite(config).identity()["backbone"] == {"kind": kind, **to_dict(config.backbone)}
+
+
+def test_another_backbone_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agents = ["--agents", "BC", "Oracle"]
+    command = [*LANDSCAPE, *agents, "--noise-levels", "0.5", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--backbone", "sasrec"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["backbone"]["kind"] == "sasrec"
+    capsys.readouterr()
+    assert "backbone" in mistake(command, capsys)  # the same directory, with the preset's own
 
 
 def test_failed_cells_exit_with_1(

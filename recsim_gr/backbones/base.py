@@ -115,9 +115,18 @@ def new_backbone(config: BackboneConfig, n_titles: int, metadata: TitleMetadata 
     Raises:
         UnknownNameError: no registered backbone has a config of that type.
     """
+    return backbone_for(config)(config, n_titles, metadata)
+
+
+def backbone_for(config: BackboneConfig) -> type["Backbone"]:
+    """The registered backbone that the config belongs to.
+
+    Raises:
+        UnknownNameError: no registered backbone has a config of that type.
+    """
     for kind in BACKBONES.values():
         if kind.config_type is type(config):
-            return kind(config, n_titles, metadata)
+            return kind
     known = ", ".join(kind.config_type.__name__ for kind in BACKBONES.values())
     raise UnknownNameError(f"no backbone takes a {type(config).__name__}; there are {known}")
 
@@ -156,6 +165,13 @@ class Backbone(nn.Module, ABC):
 
         Nothing that a token may not read may enter its state, not even through a mean over the batch or its width.
         """
+
+    def mix_last(self, x: Tensor, places: Places, last: Tensor) -> Tensor:
+        """`mix`, of one token a sequence: (B, T, d) tokens and (B,) int64 places to (B, d) states.
+
+        A subclass overrides it where one row costs less than all, as where only a last layer's query is asked for.
+        """
+        return rows_at(self.mix(x, places), last).squeeze(1)
 
     def encode(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
         """States after every prefix.
@@ -200,9 +216,10 @@ class Backbone(nn.Module, ABC):
 
     def encode_last(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
         """(B, d): the state after the whole of each history, wherever its padding begins."""
-        states = self.encode(titles, scores, times)
         length = (titles < self.n_titles).sum(dim=1)
-        return states[torch.arange(len(states), device=states.device), length]
+        places = Places(torch.arange(titles.shape[1] + 1, device=titles.device), _hours(times))
+        tokens = self._placed(self._history(titles, scores), places)
+        return self._compared(self.mix_last(tokens, places, length))
 
     def title_vectors(self) -> Tensor:
         """(I, d): what stands for each title."""
@@ -233,9 +250,14 @@ class Backbone(nn.Module, ABC):
         return padded[titles] * math.sqrt(self.config.dimensions)
 
     def _states(self, x: Tensor, places: Places) -> Tensor:
+        return self._compared(self.mix(self._placed(x, places), places))
+
+    def _placed(self, x: Tensor, places: Places) -> Tensor:
         if self.config.positions:
             x = x + self.position[places.steps.clamp(max=self.config.max_length - 1)]
-        x = self.mix(dropout(x, self.config.dropout, self.training), places)
+        return dropout(x, self.config.dropout, self.training)
+
+    def _compared(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.similarity == "cosine" else x
 
     # -- saving: see `recsim_gr.checkpoints` ----------------------------------------------------------------------
@@ -264,6 +286,11 @@ def build_backbone(shape: dict[str, Any]) -> Backbone:
         return kind(config, n_titles)
     metadata = TitleMetadata.empty(n_titles, int(shape["genres"]), config.dimensions, config.id_dropout)
     return kind(config, n_titles, metadata)
+
+
+def rows_at(x: Tensor, last: Tensor) -> Tensor:
+    """(B, 1, d): of (B, T, d), the row of each sequence that (B,) ``last`` names."""
+    return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 def _hours(times: Tensor) -> Tensor:

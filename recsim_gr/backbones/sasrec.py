@@ -14,12 +14,13 @@ arXiv:2309.07602). A token carries the score that its title got unless ``scores=
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsim_gr.backbones.base import Backbone, BackboneConfig, Places, register_backbone
+from recsim_gr.backbones.base import Backbone, BackboneConfig, Places, register_backbone, rows_at
 from recsim_gr.backbones.titles import TitleMetadata
 from recsim_gr.configs import require
 
@@ -58,11 +59,21 @@ class SASRecBlock(nn.Module):
 
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
         """x (B, T, d) to the same; ``allowed`` (T, T) or (B, 1, T, T) bool."""
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d/H) each
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return self._attended(x, q, k, v, allowed)
+
+    def last(self, x: Tensor, allowed: Tensor, last: Tensor) -> Tensor:
+        """`forward` of the rows that (B,) ``last`` names alone, (B, 1, d); ``allowed`` (B, 1, 1, T) are theirs."""
+        d, normed = x.shape[-1], self.norm(x)
+        q = F.linear(rows_at(normed, last), self.qkv.weight[:d], self.qkv.bias[:d])
+        k, v = F.linear(normed, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, dim=-1)
+        return self._attended(rows_at(x, last), q, k, v, allowed)
+
+    def _attended(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         rate = self.dropout if self.training else 0.0
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, T, d/H)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=rate)
-        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(b, t, d)), rate, self.training)
+        x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), rate, self.training)
         inner = F.dropout(F.relu(self.inner(self.feed_norm(x))), rate, self.training)
         return x + F.dropout(self.outer(inner), rate, self.training)
 
@@ -87,4 +98,14 @@ class SASRec(Backbone):
         for block in self.blocks:
             x = block(x, allowed)
         normed: Tensor = self.norm(x)
+        return normed
+
+    def mix_last(self, x: Tensor, places: Places, last: Tensor) -> Tensor:
+        allowed = places.may_read()
+        allowed = allowed if allowed.dim() == 3 else allowed.expand(len(x), -1, -1)
+        for block in self.blocks[:-1]:
+            x = block(x, allowed.unsqueeze(1))
+        own = allowed[torch.arange(len(x), device=x.device), last][:, None, None]
+        final = cast("SASRecBlock", self.blocks[-1])
+        normed: Tensor = self.norm(final.last(x, own, last).squeeze(1))
         return normed
