@@ -119,6 +119,31 @@ def plain_attention(
     return values.to(wide(values.dtype)), u.to(wide(u.dtype))
 
 
+def attention_of_one(
+    asking: Tensor, asked: Tensor, table: Tensor, entries: Tensor, kind: AttentionKind
+) -> tuple[Tensor, Tensor]:
+    """`attention` of one row a sequence.
+
+    Args:
+        asking: (B, 1, 2d): U and Q of that row, before their SiLU.
+        asked: (B, T, 2d): V and K of all tokens, before their SiLU.
+        table: (n,) biases that ``entries`` name, `CLOSED` among them.
+        entries: (B, T) or (1, T) int64.
+        kind: which attention.
+
+    Returns:
+        O (B, 1, d), and U (B, 1, d) after its SiLU, both float32 at least.
+    """
+    b, t, _ = asked.shape
+    u, q = (F.silu(asking) if kind.activated else asking).chunk(2, dim=-1)
+    v, k = (F.silu(asked) if kind.activated else asked).view(b, t, 2, kind.heads, -1).permute(2, 0, 3, 1, 4)
+    bias = table.index_select(0, entries.flatten()).view(-1, 1, 1, t)
+    scores = kind.scale * (q.view(b, kind.heads, 1, -1) @ k.mT) + bias
+    weights = F.silu(scores) / kind.length if kind.normaliser == "length" else torch.softmax(scores, dim=-1)
+    values = (weights.to(v.dtype) @ v).view(b, 1, -1)
+    return values.to(wide(values.dtype)), u.to(wide(u.dtype))
+
+
 class _Attention(torch.autograd.Function):
     """`plain_attention` with its gradients by hand. Heads stand before users: (H, B, T, d/H), as one batch of H·B."""
 

@@ -27,14 +27,14 @@ Departures from that code, each because a context here is more than a list of ti
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsim_gr.backbones.attention import CLOSED, NORMALISERS, AttentionKind, Block, attention
-from recsim_gr.backbones.base import Backbone, BackboneConfig, Places, register_backbone
+from recsim_gr.backbones.attention import CLOSED, NORMALISERS, AttentionKind, Block, attention, attention_of_one
+from recsim_gr.backbones.base import Backbone, BackboneConfig, Places, register_backbone, rows_at
 from recsim_gr.backbones.elementwise import dropout, layer_norm
 from recsim_gr.backbones.titles import TitleMetadata
 from recsim_gr.configs import require
@@ -155,9 +155,22 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: Tensor, blocks: list[Block]) -> Tensor:
         """x (B, T, d) to the same; ``blocks``: `pair_blocks` of its places."""
-        config = self.config
-        projected = layer_norm(x, config.norm_epsilon) @ self.uvqk
+        projected = layer_norm(x, self.config.norm_epsilon) @ self.uvqk
         values, u = attention(projected, self.biases(), blocks, self.kind)
+        return self._gated(x, values, u)
+
+    def last(self, x: Tensor, entries: Tensor, last: Tensor) -> Tensor:
+        """`forward` of the rows that (B,) ``last`` names alone, (B, 1, d); ``entries``: `last_entries` of its places.
+        U and Q are worked out for them only."""
+        to_u, to_v, to_q, to_k = self.uvqk.chunk(4, dim=1)
+        normed = layer_norm(x, self.config.norm_epsilon)
+        asking = rows_at(normed, last) @ torch.cat([to_u, to_q], dim=1)
+        asked = normed @ torch.cat([to_v, to_k], dim=1)
+        values, u = attention_of_one(asking, asked, self.biases(), entries, self.kind)
+        return self._gated(rows_at(x, last), values, u)
+
+    def _gated(self, x: Tensor, values: Tensor, u: Tensor) -> Tensor:
+        config = self.config
         normed = layer_norm(values, config.norm_epsilon)
         gated = normed * u if config.gate == "product" else torch.cat([u, normed, u * normed], dim=-1)
         y = self.out(dropout(gated, config.dropout, self.training))
@@ -191,6 +204,13 @@ class HSTU(Backbone):
             x = layer(x, blocks)
         return x
 
+    def mix_last(self, x: Tensor, places: Places, last: Tensor) -> Tensor:
+        blocks = pair_blocks(places, self.config) if len(self.layers) > 1 else []
+        for layer in self.layers[:-1]:
+            x = layer(x, blocks)
+        final = cast("HSTULayer", self.layers[-1])
+        return final.last(x, last_entries(places, self.config, last), last).squeeze(1)
+
     def _embedded(self, titles: Tensor) -> Tensor:
         embedded = super()._embedded(titles)
         return embedded if self.config.scale_input else embedded / math.sqrt(self.config.dimensions)
@@ -201,25 +221,46 @@ def pair_blocks(places: Places, config: HSTUConfig) -> list[Block]:
     leave out the columns behind them; else one block."""
     t = places.steps.shape[-1]
     if places.allowed is not None:
-        return [Block(0, t, _entries(places, config, 0, t, t))]
+        return [Block(0, t, _entries(places, config, _rows(places, 0, t), t))]
     stops = [*range(ROWS, t - ROWS // 2 + 1, ROWS), t]  # what is left over is half a block at least
     return [
-        Block(start, stop, _entries(places, config, start, stop, stop))
+        Block(start, stop, _entries(places, config, _rows(places, start, stop), stop))
         for start, stop in zip([0, *stops], stops, strict=False)
     ]
 
 
-def _entries(places: Places, config: HSTUConfig, start: int, stop: int, columns: int) -> Tensor:
+def last_entries(places: Places, config: HSTUConfig, last: Tensor) -> Tensor:
+    """(B, T) int64: as `pair_blocks`, of the one row of each sequence that (B,) ``last`` names."""
+    t, which = places.steps.shape[-1], last[:, None]
+    steps = places.steps.expand(len(last), t).gather(1, which)
+    hours = places.hours.expand(len(last), t).gather(1, which)
+    allowed = places.allowed
+    if allowed is not None:
+        allowed = allowed.expand(len(last), t, t).gather(1, which[..., None].expand(-1, -1, t))
+    return _entries(places, config, Places(steps, hours, allowed), t).squeeze(1)
+
+
+def _rows(places: Places, start: int, stop: int) -> Places:
+    """Some rows of all places; of what they may read, all columns."""
+    allowed = None if places.allowed is None else places.allowed[..., start:stop, :]
+    return Places(places.steps[..., start:stop], places.hours[:, start:stop], allowed)
+
+
+def _entries(places: Places, config: HSTUConfig, rows: Places, columns: int) -> Tensor:
     """(B, rows, columns) or (1, rows, columns) int64: distance · gaps + gap, or one that is closed."""
     n_gaps, closed = config.n_gaps, config.n_distances * config.n_gaps
-    steps = places.steps.to(torch.int32)
-    steps = steps if steps.dim() == 2 else steps[None]
-    distance = steps[:, start:stop, None] - steps[:, None, :columns]
-    shut = distance < 0 if places.allowed is None else ~places.allowed[..., start:stop, :columns]
+    distance = _as_batch(rows.steps)[:, :, None] - _as_batch(places.steps)[:, None, :columns]
+    shut = distance < 0 if rows.allowed is None else ~rows.allowed[..., :columns]
     entries = distance.clamp_(0, config.n_distances - 1).mul_(n_gaps).masked_fill(shut, closed + CLOSED_ENTRIES)
     if config.time_gaps:
-        hours = places.hours.float()
-        gaps = TIME_BUCKETS[config.time_buckets].of((hours[:, start:stop, None] - hours[:, None, :columns]).abs_())
+        own, others = rows.hours.float(), places.hours.float()
+        gaps = TIME_BUCKETS[config.time_buckets].of((own[:, :, None] - others[:, None, :columns]).abs_())
         entries = gaps.clamp_(0, n_gaps - 1).add_(entries)
     most = closed + torch.arange(columns, dtype=torch.int32, device=entries.device) % CLOSED_ENTRIES
     return torch.minimum(entries, most).long()
+
+
+def _as_batch(steps: Tensor) -> Tensor:
+    """(T,) or (B, T) int64 to (1, T) or (B, T) int32."""
+    steps = steps.to(torch.int32)
+    return steps if steps.dim() == 2 else steps[None]
