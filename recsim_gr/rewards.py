@@ -352,6 +352,7 @@ def _fit_member(
         f"reward member {index}",
         noted,
         member.groups(config.head_rate),
+        falls=True,
     )
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
-from recsim_gr.errors import CheckpointError, ConfigError
+from recsim_gr.errors import CheckpointError, ConfigError, TrainingError
 from recsim_gr.histories import Histories, HistorySource, tensors
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
@@ -348,7 +348,9 @@ def test_members_start_apart_and_see_other_users_in_other_batches(
     purposes: list[str] = []
     drawn: list[list[int]] = []
 
-    def noting(member: Any, loss: Any, objective: Any, histories: HistorySource, *further: Any) -> TrainingRecord:
+    def noting(
+        member: Any, loss: Any, objective: Any, histories: HistorySource, *further: Any, **options: Any
+    ) -> TrainingRecord:
         heads.append(member.head.mix.detach().clone())
         purposes.append(further[2])
         drawn.append([int(row) for batch in histories.chunks() for row in batch.rows])
@@ -375,6 +377,16 @@ def test_equal_seeds_give_equal_ensembles_and_leave_the_global_state(log: Intera
     other = weights(fit_reward_ensemble(log, backbone, config, seed=2))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert sum(not torch.equal(a, b) for a, b in zip(one, other, strict=True)) >= len(one) - 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_member_whose_loss_ends_above_its_start_is_an_error(form: str, log: InteractionLog, backbone: HSTU) -> None:
+    schedule = TrainingConfig(steps=40, batch_users=16, warmup_steps=2, checks=2, learning_rate=300.0)
+    config = RewardEnsembleConfig(members=2, form=form, training=schedule)
+    with pytest.raises(TrainingError, match=r"reward member 0 diverged.*lower its learning rate"):
+        fit_reward_ensemble(log, backbone, config)
+    sane = replace(schedule, learning_rate=1e-3)
+    fit_reward_ensemble(log, backbone, replace(config, training=sane))
 
 
 def test_fitting_changes_no_backbone(log: InteractionLog, backbone: HSTU) -> None:
