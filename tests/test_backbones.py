@@ -119,7 +119,12 @@ def test_what_comes_later_changes_nothing_before(kind: str) -> None:
 
 @kinds
 @PROPERTY
-@given(length=st.integers(1, 7), padding=st.integers(1, 9), seed=st.integers(0, 999), rubbish=st.floats(-1e3, 1e3))
+@given(
+    length=st.integers(1, 7),
+    padding=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    rubbish=st.floats(-1e3, 1e3) | st.sampled_from([math.nan, math.inf, -math.inf]),
+)
 def test_padding_never_leaks(kind: str, length: int, padding: int, seed: int, rubbish: float) -> None:
     """How far a batch is padded, with which scores and times, and who else is in it: neither states nor gradients."""
     backbone = make(kind, seed)

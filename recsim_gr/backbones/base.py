@@ -240,7 +240,8 @@ class Backbone(nn.Module, ABC):
         """(B, T + 1, d): the opening token, then a token an event."""
         embedded = self._embedded(titles)
         if self.config.scores:
-            liked = ((scores - 3.0) / 2.0).unsqueeze(-1)
+            # a score on padding counts for nothing, and must not be rubbish times 0: NaN would reach every later mean
+            liked = ((scores - 3.0) / 2.0).masked_fill(titles == self.n_titles, 0.0).unsqueeze(-1)
             embedded = embedded + liked * (self.by_score(embedded) + self.score_level)
         return torch.cat([self.first.expand(len(titles), 1, -1), embedded], dim=1)
 
