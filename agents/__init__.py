@@ -5,7 +5,17 @@ if __name__ != "recsim_gr.agents":
 
 # In the order in which tables show them: baselines, learners, ceilings.
 # isort: off
-from recsim_gr.agents.base import AGENTS, Agent, BackboneAgent, agent_type, load_agent, register
+from recsim_gr.agents.base import (
+    AGENTS,
+    Agent,
+    BackboneAgent,
+    InformedAgent,
+    Strength,
+    agent_type,
+    find_agent,
+    load_agent,
+    register,
+)
 from recsim_gr.agents.baselines import Pretrained, Popularity, Random
 from recsim_gr.agents.bc import BC
 from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
@@ -25,13 +35,16 @@ __all__ = [
     "RSDPO",
     "Agent",
     "BackboneAgent",
+    "InformedAgent",
     "Oracle",
     "Popularity",
     "Pretrained",
     "Random",
     "RewardWeightedBC",
     "ScoreOracle",
+    "Strength",
     "agent_type",
+    "find_agent",
     "load_agent",
     "register",
 ]

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, masked_mean, normalised, register
+from recsim_gr.agents.base import (
+    BackboneAgent,
+    FineTuningConfig,
+    Parts,
+    Problem,
+    Strength,
+    masked_mean,
+    normalised,
+    register,
+)
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
@@ -79,6 +88,7 @@ class ASFT(BackboneAgent):
     config_type = ASFTConfig
     uses_rewards = True
     needs_ensemble = True
+    strength = Strength("beta")
 
     def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
         problem = super().problem(histories, log, parts)

@@ -1,6 +1,7 @@
 """What every agent is made of: configs with overrides, one `fit`, log-probabilities, saving without pickle."""
 
 import copy
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -64,6 +65,29 @@ class FitRecord:
     samples: int = 0
 
 
+@dataclass(frozen=True)
+class Strength:
+    """Which option decides how far an agent goes from imitation towards its rewards.
+
+    Attributes:
+        option: of the agent's config.
+        rises: whether a higher value is stronger; a temperature or a penalty is stronger where it is lower.
+        values: what is tried, from the weakest to the strongest; by default the option's default, doubled and halved
+            twice, so that all agents have as many trials over as wide a range, and none was chosen.
+    """
+
+    option: str
+    rises: bool = False
+    values: tuple[float, ...] = ()
+
+    def grid(self, default: float) -> tuple[float, ...]:
+        """The values, from the weakest to the strongest; ``default`` is the option's."""
+        if self.values:
+            return self.values
+        doubled = tuple(default * 2.0**k for k in (2, 1, 0, -1, -2))
+        return doubled[::-1] if self.rises else doubled
+
+
 AGENTS: dict[str, type["Agent"]] = {}
 """All registered agents by name."""
 
@@ -89,6 +113,30 @@ def agent_type(name: str) -> type["Agent"]:
     if name not in AGENTS:
         raise UnknownNameError(f"no agent {name!r}; there are {', '.join(AGENTS)}")
     return AGENTS[name]
+
+
+def find_agent(name: str) -> type["Agent"]:
+    """A registered agent by its name, or one of your own as ``module:Class``, which imports the module.
+
+    Never call it with what stands in a file that is loaded: importing runs code.
+
+    Raises:
+        UnknownNameError: no such agent; the module cannot be imported or has no such agent.
+    """
+    if ":" not in name:
+        return agent_type(name)
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise UnknownNameError(
+            f"{name}: module {module!r} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise UnknownNameError(f"{name}: module {module!r} has no class {attribute!r} that is an Agent")
+    if not isinstance(getattr(found, "name", None), str):
+        raise UnknownNameError(f"{name}: the class has no name; give it one: name = {attribute!r}")
+    return register(found)
 
 
 def not_fitted(agent: "Agent") -> PolicyError:
@@ -118,6 +166,10 @@ class Agent(ABC):
     """Whether what it learns depends on scores, by themselves or through the reward ensemble."""
     needs_ensemble: ClassVar[bool] = False
     """Whether `fit` asks for a reward ensemble."""
+    informed: ClassVar[bool] = False
+    """Whether it learns from what no log holds, see `InformedAgent`: a reference, not a competitor."""
+    strength: ClassVar[Strength | None] = None
+    """The option that suites sweep; None for an agent that has no such choice."""
 
     def __init__(self, config: Any = None, **overrides: Any) -> None:
         known = {f.name for f in fields(self.config_type)}
@@ -166,6 +218,11 @@ class Agent(ABC):
             if name in ("policy", "q_function"):  # what `fit` makes
                 raise not_fitted(self)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def needs_propensities(self) -> bool:
+        """Whether `fit` asks for a log with propensities; no other agent is handed them."""
+        return False
 
     @property
     def ranks_by_log_probs(self) -> bool:
@@ -225,6 +282,31 @@ def load_agent(directory: str | Path) -> Agent:
         message = f"{directory} holds no agent that can be loaded ({error}); save it again with Agent.save"
         raise CheckpointError(message) from error
     return agent
+
+
+class InformedAgent(Agent):
+    """An agent that must `meet` the world before it is fitted: it shows what knowing the world would buy.
+
+    It acts on observations alone, as every competitor does; only its learning is informed.
+    """
+
+    informed = True
+    world: Any = None
+
+    def meet(self, world: Any) -> Self:
+        """Keeps the world to learn from; it is not saved."""
+        self.world = world
+        return self
+
+    def required_world(self) -> Any:
+        """The world.
+
+        Raises:
+            ConfigError: they have not met.
+        """
+        if self.world is None:
+            raise ConfigError(f"{self.name} learns from the world itself; call meet(world) before fit")
+        return self.world
 
 
 class BackboneAgent(Agent):

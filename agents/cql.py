@@ -16,6 +16,7 @@ from recsim_gr.agents.base import (
     AfterCheck,
     Agent,
     FineTuningConfig,
+    Strength,
     fit_record,
     last_logits,
     masked_mean,
@@ -77,6 +78,7 @@ class CQL(Agent):
     name = "CQL"
     config_type = CQLConfig
     uses_rewards = True
+    strength = Strength("alpha")
     q_function: Scorer
 
     def fit(

@@ -16,7 +16,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 import recsim_gr  # noqa: F401  (registers RewardModel-v0)
-from recsim_gr.agents.base import AfterCheck, BackboneAgent, FineTuningConfig, FitRecord, register, required_parts
+from recsim_gr.agents.base import (
+    AfterCheck,
+    BackboneAgent,
+    FineTuningConfig,
+    FitRecord,
+    Strength,
+    register,
+    required_parts,
+)
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, masked_log_probs
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
@@ -84,6 +92,7 @@ class PPO(BackboneAgent):
     config_type = PPOConfig
     uses_rewards = True
     needs_ensemble = True
+    strength = Strength("kl_weight")
 
     def fit(
         self,

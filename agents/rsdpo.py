@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, register
+from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, Strength, register
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
 from recsim_gr.histories import Batch, HistorySource
@@ -68,6 +68,7 @@ class RSDPO(BackboneAgent):
     config_type = RSDPOConfig
     uses_rewards = True
     needs_ensemble = True
+    strength = Strength("beta")
 
     def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
         problem = super().problem(histories, log, parts)

@@ -188,21 +188,30 @@ class Logs:
     judge: InteractionLog
 
     @classmethod
-    def of(cls, world: WorldBase, config: ExperimentConfig) -> "Logs":
+    def of(cls, world: WorldBase, config: ExperimentConfig, propensities: bool = False) -> "Logs":
         """Generates them, with as many users as the world has where it has fewer than asked for.
 
         Without their provenance: the config of a world is enough to build it, truth and all.
+
+        Args:
+            world: whose users.
+            config: how many.
+            propensities: whether the training and validation logs carry them.
         """
         return cls(
             *(
-                replace(world.generate_log(world.at_most(split, n), split), provenance=None)
-                for split, n in (
-                    ("train", config.n_users),
-                    ("validation", config.validation_users),
-                    ("judge", config.judge_users),
+                replace(world.generate_log(world.at_most(split, n), split, expose_propensities=wanted), provenance=None)
+                for split, n, wanted in (
+                    ("train", config.n_users, propensities),
+                    ("validation", config.validation_users, propensities),
+                    ("judge", config.judge_users, False),
                 )
             )
         )
+
+    def without_propensities(self) -> "Logs":
+        """The same logs, for agents that do not ask for them."""
+        return Logs(*(replace(log, propensities=None) for log in (self.train, self.validation, self.judge)))
 
 
 def seconds_per_step(config: ExperimentConfig, steps: int = 20) -> float:

@@ -12,7 +12,8 @@ from recsim_gr.agents import AGENTS
 from recsim_gr.bayes import BayesReference
 from recsim_gr.bayes_sampler import BayesConfig
 from recsim_gr.benchmarks.charts import Drawing, Figure, finished
-from recsim_gr.benchmarks.landscape import EVALUATION_SECONDS, Laboratory, Landscape, LandscapeConfig
+from recsim_gr.benchmarks.laboratory import Laboratory
+from recsim_gr.benchmarks.landscape import EVALUATION_SECONDS, Landscape, LandscapeConfig
 from recsim_gr.benchmarks.report import read_results, write_figure
 from recsim_gr.benchmarks.statistics import WORLD, FloatArray, Results, t_interval
 from recsim_gr.benchmarks.suite import Notify, register

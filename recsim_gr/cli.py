@@ -46,7 +46,9 @@ class Run:
     seeds: tuple[int, ...] | None = None
     """Worlds."""
     agents: tuple[str, ...] | None = None
-    """Which agents take part, see `recsim-gr list`."""
+    """Which agents take part, see `recsim-gr list`; your own as module:Class."""
+    agent: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One more agent beside those of the suite, as module:Class of a module here or installed; may be repeated."""
     n_titles: int | None = None
     """Size of a simulated catalogue."""
     backbone: str | None = None
@@ -248,6 +250,8 @@ def run_suite(command: Run, console: Console) -> int:
     from recsim_gr.benchmarks.runner import dry_run, run
     from recsim_gr.benchmarks.suite import suite_type
 
+    if any(":" in name for name in (*command.agent, *(command.agents or ()))) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it; processes of a run inherit it
     kind = suite_type(command.suite)
     suite = kind(overridden(kind.preset(command.preset), command))
     out = command.out or Path("runs") / command.suite
@@ -461,6 +465,8 @@ def overridden(config: Any, command: Run) -> Any:
         if field.name not in ("suite", "preset", "out", "workers", "dry_run")
     }
     given = {name: value for name, value in settings.items() if value is not None}
+    if command.agent:
+        given["agents"] = (*given.get("agents", getattr(config, "agents", ())), *command.agent)
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"suite {command.suite!r} has no option --{unknown[0].replace('_', '-')}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recsim_gr.agents import AGENTS, Agent
+from recsim_gr.agents import AGENTS, Agent, InformedAgent
 from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts
@@ -41,7 +41,8 @@ def world() -> World:
 
 @pytest.fixture(scope="session")
 def log(world: World) -> InteractionLog:
-    return world.generate_log(150)
+    """With propensities, which only agents that ask for them may notice (see the contract)."""
+    return world.generate_log(150, expose_propensities=True)
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +62,14 @@ def rewards(log: InteractionLog, backbone: HSTU) -> RewardEnsemble:
 
 
 @pytest.fixture(scope="session")
-def make() -> Callable[..., Agent]:
-    """Builds an agent by name, with a short training where it trains."""
+def make(world: World) -> Callable[..., Agent]:
+    """Builds an agent by name, with a short training where it trains; one that learns from the world has met it."""
 
     def make(name: str, **overrides: Any) -> Agent:
         kind = AGENTS[name]
         trains = "training" in {field.name for field in fields(kind.config_type)}
-        return kind(**(({"training": TRAINING} if trains else {}) | overrides))
+        agent = kind(**(({"training": TRAINING} if trains else {}) | overrides))
+        return agent.meet(world) if isinstance(agent, InformedAgent) else agent
 
     return make
 

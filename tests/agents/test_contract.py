@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recsim_gr import configs, histories, metrics
-from recsim_gr.agents import AGENTS, BC, PPO, Agent, BackboneAgent, agent_type, load_agent, register
+from recsim_gr.agents import AGENTS, BC, PPO, Agent, BackboneAgent, InformedAgent, agent_type, load_agent, register
 from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import CheckpointError, ConfigError, PolicyError, RecsimError, UnknownNameError
 from recsim_gr.log import InteractionLog
@@ -46,6 +46,7 @@ def continues_a_backbone(name: str) -> bool:
 
 COMPETITORS = [name for name, kind in AGENTS.items() if not kind.referee]
 REFEREES = [name for name, kind in AGENTS.items() if kind.referee]
+BLIND = [name for name in COMPETITORS if not AGENTS[name].informed]
 LEARNERS = [name for name in COMPETITORS if trains(name)]
 ON_A_BACKBONE = [name for name in COMPETITORS if continues_a_backbone(name)]
 
@@ -243,7 +244,7 @@ def test_fitting_changes_nothing_that_it_was_handed(
     assert rest == rest_after
 
 
-@every_competitor
+@pytest.mark.parametrize("name", BLIND)
 def test_it_never_sees_the_truth(
     name: str,
     make: Make,
@@ -254,8 +255,8 @@ def test_it_never_sees_the_truth(
     contexts: Contexts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No world answers, none can be made; the log has lost where it comes from, who its users are, and propensities;
-    and the agent is the same, bit for bit."""
+    """No world answers, none can be made; the log has lost where it comes from, who its users are, and propensities
+    unless they are asked for; and the agent is the same, bit for bit."""
 
     def forbidden(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("an agent asked the world")
@@ -267,7 +268,8 @@ def test_it_never_sees_the_truth(
     monkeypatch.setattr(World, "__init__", forbidden)
     with pytest.raises(AssertionError, match="asked the world"):
         World()
-    blind = replace(log, user=log.user[-1] - log.user, provenance=None, propensities=None)
+    propensities = log.propensities if make(name).needs_propensities else None
+    blind = replace(log, user=log.user[-1] - log.user, provenance=None, propensities=propensities)
     agent = make(name).fit(blind, backbone, rewards)
     assert same(agent, before, contexts.observations)
 
@@ -281,13 +283,40 @@ def test_what_it_needs_is_asked_for(
     if AGENTS[name].needs_ensemble:
         with pytest.raises(ConfigError, match=rf"{name} .*fit_reward_ensemble\(log, backbone\)"):
             make(name).fit(log, backbone)
-    other_world = World(WorldConfig(n_titles=12, history_length=4)).generate_log(20)
+    other_world = World(WorldConfig(n_titles=12, history_length=4)).generate_log(20, expose_propensities=True)
     with pytest.raises(ConfigError, match="12 titles and the HSTU 30"):
         make(name).fit(other_world, backbone, rewards)
     if AGENTS[name].needs_ensemble:
         foreign = HSTU(HSTUConfig(dimensions=8, max_length=4), 12)
         with pytest.raises(ConfigError, match="12 titles and the RewardEnsemble 30"):
             make(name).fit(other_world, foreign, rewards)
+
+
+@every_competitor
+def test_propensities_and_the_world_are_asked_for(
+    name: str, make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble
+) -> None:
+    if make(name).needs_propensities:
+        with pytest.raises(ConfigError, match="carries no propensities"):
+            make(name).fit(replace(log, propensities=None), backbone, rewards)
+    if AGENTS[name].informed:
+        with pytest.raises(ConfigError, match=rf"{name} .*meet\(world\)"):
+            AGENTS[name]().fit(log, backbone, rewards)
+
+
+@every_agent
+def test_its_strength_is_an_option(name: str, make: Make) -> None:
+    """Five values from the weakest to the strongest, the default among them, and its config takes them all."""
+    strength = AGENTS[name].strength
+    if strength is None:
+        return
+    default = getattr(make(name).config, strength.option)
+    grid = strength.grid(default)
+    assert default in grid
+    assert len(set(grid)) == 5
+    assert list(grid) == sorted(grid, reverse=not strength.rises)
+    for value in grid:
+        assert getattr(make(name, **{strength.option: value}).config, strength.option) == value
 
 
 @every_learner
@@ -297,7 +326,7 @@ def test_a_log_that_cannot_be_learned_from_is_refused(
     for users in (0, 1):
         with pytest.raises(ConfigError, match=f"{users} users"):
             make(name).fit(log.rows(slice(0, 6 * users)), backbone, rewards)
-    other_world = World(WorldConfig(n_titles=12, history_length=4)).generate_log(20)
+    other_world = World(WorldConfig(n_titles=12, history_length=4)).generate_log(20, expose_propensities=True)
     with pytest.raises(ConfigError, match="one world"):
         make(name).fit(log, backbone, rewards, validation=other_world)
 
@@ -573,14 +602,18 @@ def obvious() -> dict[str, float]:
         discernment_beta=1.5,
     )
     world = World(config)
-    log, held_out, contexts = world.generate_log(500), world.generate_log(100, "validation"), world.contexts(400)
+    log = world.generate_log(500, expose_propensities=True)
+    held_out, contexts = world.generate_log(100, "validation", expose_propensities=True), world.contexts(400)
     imitation = TrainingConfig(steps=150, batch_users=32, learning_rate=1e-2, warmup_steps=10, checks=3)
     steps = TrainingConfig(steps=96, batch_users=32, learning_rate=5e-3, warmup_steps=5, checks=3)
     backbone = pretrain(log, HSTUConfig(dimensions=16, n_layers=1), imitation, held_out)
     rewards = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=steps), held_out)
     truth, values = world.satisfaction(contexts.users), {}
     for name, kind in AGENTS.items():
-        agent = kind(**({"training": steps} if trains(name) else {})).fit(log, backbone, rewards, held_out)
+        agent = kind(**({"training": steps} if trains(name) else {}))
+        if isinstance(agent, InformedAgent):
+            agent.meet(world)
+        agent.fit(log, backbone, rewards, held_out)
         listed = metrics.top_k(ranking_scores(agent, contexts.observations, world, contexts.users), 3)
         values[name] = float(np.take_along_axis(truth, listed, axis=1).mean())
     return values
