@@ -462,11 +462,13 @@ def overridden(config: Any, command: Run) -> Any:
     settings = {
         field.name: getattr(command, field.name)
         for field in fields(command)
-        if field.name not in ("suite", "preset", "out", "workers", "dry_run")
+        if field.name not in ("suite", "preset", "out", "workers", "dry_run", "agent")
     }
     given = {name: value for name, value in settings.items() if value is not None}
     if command.agent:
-        given["agents"] = (*given.get("agents", getattr(config, "agents", ())), *command.agent)
+        if "agents" not in known:
+            raise ConfigError(f"suite {command.suite!r} has no option --agent")
+        given["agents"] = (*given.get("agents", config.agents), *command.agent)
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"suite {command.suite!r} has no option --{unknown[0].replace('_', '-')}")
