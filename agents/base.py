@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -58,11 +59,14 @@ class FitRecord:
         gradient_steps: how many were taken.
         best_step: after how many of them the kept state stood.
         samples: online samples drawn from an environment; 0 for agents that learn from the log alone.
+        preparation_seconds: processor time before and between gradient steps: rewards of the whole log, pairs,
+            rollouts. Times are no part of what makes two records equal.
     """
 
     gradient_steps: int = 0
     best_step: int = 0
     samples: int = 0
+    preparation_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -341,8 +345,10 @@ class BackboneAgent(Agent):
         self.policy = copy.deepcopy(parts.reference).requires_grad_(True)
         train_log, held_out_log = split_logs(log, validation)
         seen, held_out = histories_of(train_log), histories_of(held_out_log)
+        began = time.process_time()
         on_train = self.problem(seen, train_log, Parts(parts.reference, rewards, seed, "train"))
         on_validation = self.problem(held_out, held_out_log, Parts(parts.reference, rewards, seed, "validation"))
+        prepared = time.process_time() - began
         record = train(
             self.policy,
             lambda batch: self.batch_loss(self.policy, batch, on_train),
@@ -354,6 +360,7 @@ class BackboneAgent(Agent):
             after_check,
         )
         self.record = fit_record(record)
+        self.record.preparation_seconds = prepared
         return self
 
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:

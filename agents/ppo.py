@@ -5,6 +5,7 @@ Optimum in tabular contexts: π = π_ref·exp(r̂/λ)/Z.
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -122,7 +123,8 @@ class PPO(BackboneAgent):
         self.policy.load_state_dict(watch.best)
         self.policy.eval()
         steps = self.config.rollouts * self.config.steps_per_rollout
-        self.record = FitRecord(steps, watch.record.best_step, self.config.rollouts * self.config.rollout)
+        samples = self.config.rollouts * self.config.rollout
+        self.record = FitRecord(steps, watch.record.best_step, samples, watch.rollout_seconds)
         return self
 
     def _learner(self, log: AnyLog, reference: Backbone, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
@@ -187,7 +189,7 @@ class _Watch(BaseCallback):
         self.best: dict[str, Tensor] = {}
         checks = config.training.checks
         self.check_at = {0} | {round(config.rollouts * k / checks) for k in range(1, checks + 1)}
-        self.rollouts = 0
+        self.rollouts, self.rollout_seconds, self._began = 0, 0.0, 0.0
 
     def _on_step(self) -> bool:
         """Subtracts λ·log(π/π_ref) from the rewards that are about to enter the buffer, in place."""
@@ -209,6 +211,10 @@ class _Watch(BaseCallback):
     def _on_rollout_start(self) -> None:
         self._check()
         self.rollouts += 1
+        self._began = time.process_time()
+
+    def _on_rollout_end(self) -> None:
+        self.rollout_seconds += time.process_time() - self._began
 
     def _on_training_end(self) -> None:
         self._check()

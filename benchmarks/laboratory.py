@@ -94,6 +94,7 @@ class Laboratory:
         figures = self.examination.evaluate(agent).metrics
         costs = {
             "fit_seconds": seconds,
+            "preparation_seconds": agent.record.preparation_seconds,
             "gradient_steps": agent.record.gradient_steps,
             "best_step": agent.record.best_step,
             "samples": agent.record.samples,

@@ -396,6 +396,7 @@ def _failures(failures: Sequence[Mapping[str, Any]]) -> str:
 
 COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "fit_seconds": ("seconds to fit", lambda x: number(x, 1)),
+    "preparation_seconds": ("of them preparing", lambda x: number(x, 1)),
     "samples": ("online samples", lambda x: f"{x:,.0f}"),
     "gradient_steps": ("gradient steps", lambda x: f"{x:,.0f}"),
 }
