@@ -102,7 +102,8 @@ def register(agent: type["Agent"]) -> type["Agent"]:
     Raises:
         ConfigError: the name is taken by another class.
     """
-    if AGENTS.get(agent.name, agent).__qualname__ != agent.__qualname__:
+    known = AGENTS.get(agent.name, agent)
+    if (known.__module__, known.__qualname__) != (agent.__module__, agent.__qualname__):
         raise ConfigError(f"there is already an agent {agent.name!r}; choose another name")
     AGENTS[agent.name] = agent
     return agent

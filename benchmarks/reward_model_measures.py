@@ -18,7 +18,8 @@ ADDITIVE = "Additive"
 titles' means so far."""
 
 FLOOR, CONSTANT = "ExpectedScore", "GlobalMean"
-"""The exact expectation, which no model beats on observed scores, and the mean of the training log."""
+"""The exact expectation, which no model beats on observed scores unless the noise has a memory (``drift``), and the
+mean of the training log."""
 
 
 def rmse_gain(

@@ -125,7 +125,8 @@ def gain_of(grid: Grid, model: str, metric: str) -> Gain:
 def seen_by_users(grid: Grid, model: str) -> FloatArray:
     """(N, K): the share of worlds in which a study of that world alone, testing over its users, would report a gain
     on observed scores (z above 1.96)."""
-    z = grid.of_model(model, "chosen_score_gain") / grid.of_model(model, "chosen_score_gain_se")
+    gain, error = (grid.of_model(model, f"chosen_score_gain{part}") for part in ("", "_se"))
+    z = np.divide(gain, error, out=np.full(gain.shape, np.nan), where=error > 0)
     count = np.isfinite(z).sum(axis=-1)
     return np.divide((z > 1.96).sum(axis=-1), count, out=np.full(count.shape, np.nan), where=count > 0)
 
@@ -162,7 +163,11 @@ def checks(grid: Grid, noise_model: str) -> list[str]:
 def _same_floor(grid: Grid) -> str:
     """One world's test events are the same for every log size."""
     floors = grid.of_model(FLOOR, "chosen_score_rmse")
-    spread = float(np.nanmax(np.nanmax(floors, axis=1) - np.nanmin(floors, axis=1)))
+    several = (np.isfinite(floors).sum(axis=1, keepdims=True) > 1) & np.isfinite(floors)
+    if not several.any():
+        return "open: the floor of a world is the same for every log size (one size, nothing to compare)"
+    highest, lowest = np.where(several, floors, -np.inf).max(axis=1), np.where(several, floors, np.inf).min(axis=1)
+    spread = float((highest - lowest)[several.any(axis=1)].max())
     verdict = "holds" if spread == 0 else "FAILS"
     return f"{verdict}: the floor of a world is the same for every log size (largest difference {spread:g})"
 
@@ -196,18 +201,26 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
 STATISTICS = {"rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "spearman_within": "within user"}
 
 
-def gain_table(grid: Grid, model: str) -> str:
-    """A row a noise level and log size: the gains, whether the seeds show them, and how near to the ceiling."""
+def gain_table(grid: Grid, model: str, with_floor: bool = True) -> str:
+    """A row a noise level and log size: the gains, whether the seeds show them, and how near to the ceiling.
+
+    Args:
+        grid: of the results.
+        model: whose gains.
+        with_floor: whether the exact expectation is a floor: not where noise has a memory.
+    """
     measures = (*MEASURES, BEYOND)
     gains = [gain_of(grid, model, measure.metric) for measure in measures]
     seen, share = seen_by_users(grid, model), explained(grid, model)
     baseline = explained(grid, None)
     floor = t_interval(grid.of_model(FLOOR, "chosen_score_rmse"))[0]
     heads = "".join(f"<th>{escape(m.heading)}<small>{escape(m.unit)}</small></th>" for m in measures)
+    ceiling = "<th>explained <small>baseline</small></th><th>floor <small>RMSE</small></th>" if with_floor else ""
     head = (
         f"<tr><th>users <small>events a title</small></th>{heads}<th>seen in one world</th>"
-        "<th>explained <small>baseline</small></th><th>floor <small>RMSE</small></th></tr>"
+        f"<th>best step <small>of its steps</small></th>{ceiling}</tr>"
     )
+    stopped = t_interval(grid.of_model(model, "best_step_share"))[0]
     body, coverage = [], grid.events_per_title()
     for level in range(len(grid.results.noise)):
         rows = []
@@ -215,11 +228,17 @@ def gain_table(grid: Grid, model: str) -> str:
             cells = "".join(_gain_cell(gain, level, k) for gain in gains)
             rows.append(
                 f"<tr><th>{size:,} <small>{number(coverage[k], 0)}</small></th>{cells}"
-                f"<td>{_percent(seen[level, k])}</td>"
-                f"<td>{_percent(share[level, k])}<small>{_percent(baseline[level, k])}</small></td>"
-                f"<td>{number(floor[level, k])}</td></tr>"
+                f"<td>{_percent(seen[level, k])}</td><td>{_percent(stopped[level, k])}</td>"
+                + (
+                    f"<td>{_percent(share[level, k])}<small>{_percent(baseline[level, k])}</small></td>"
+                    f"<td>{number(floor[level, k])}</td>"
+                    if with_floor
+                    else ""
+                )
+                + "</tr>"
             )
-        heading = f'<tr class="level"><th colspan="{len(measures) + 4}">{level_name(grid, level)}</th></tr>'
+        columns = len(measures) + (5 if with_floor else 3)
+        heading = f'<tr class="level"><th colspan="{columns}">{level_name(grid, level)}</th></tr>'
         body.append(f"<tbody>{heading}{''.join(rows)}</tbody>")
     return table(head, "".join(body), "headline")
 
@@ -422,7 +441,8 @@ def _panel(grid: Grid, measure: Measure, data: str, colours: Mapping[str, str], 
 
 HOW = """The study reports that its reward model had no significant gain over the user's mean and the title's mean in
 error on held-out events, from O(millions) of users. Above left: that comparison here. Beside and below it, the same
-predictions against what the study could not see. Gains are RMSE of the better baseline (the better one on that very
+predictions against what the study could not see. The means are taken over the training users; the model has validation
+users beside them, for its kept state. Gains are RMSE of the better baseline (the better one on that very
 measure, in hindsight) less RMSE of the model on the same events, ± half of the 95 % Student-t interval over seeds;
 <i>gain</i> and <i>loss</i> are at 5 %, two-sided, after Holm's correction over all noise levels and log sizes of a
 model and measure, which asks much of three seeds; <i>not after Holm</i>: the cell's own interval excludes 0. The gain
@@ -430,12 +450,19 @@ in Spearman's correlation within users is one that no bias of the score touches.
 the study does not have, the title's mean and the user's own above it added up: where it is 0, the model knows users and
 titles apart, but nothing of this user with this title."""
 
-EXPLAINED = """<b>Seen in one world</b>: the share of worlds in which a test over the users of that world alone (z above
-1.96), which is what a study of one data set has, finds the gain. <b>Explained</b>: of the variance of observed scores
+SEEN = """<b>Seen in one world</b>: the share of worlds in which a test over the users of that world alone (z above
+1.96), which is what a study of one data set has, finds the gain. <b>Best step</b>: after which share of its steps a
+member stood at its best on validation users; a few percent mean that the log taught it next to nothing."""
+
+EXPLAINED = """<b>Explained</b>: of the variance of observed scores
 that could be explained at all, which is what the exact expectation explains; beside it the better baseline's.
 <b>Floor</b>: RMSE of the exact expectation, which no model can go below. Since squared errors add up to the floor's, a
 gain against the expectation shows in RMSE against scores only in proportion (RMSE to the expectation ÷ RMSE to the
 score), about: noise hides it without there being less of it."""
+
+NO_FLOOR = """This noise has a memory: a score tells of those to come, so that a model which reads the history may go
+below the exact expectation, which leaves that out. There is no floor here, and a loss against the expected score may be
+no fault."""
 
 COVERAGE_NOTE = """Nominal 90 %. Score: split-conformal, by the ensemble's errors on validation users, who chose their
 titles. Expected score: mean ± Student's t with M − 1 degrees of freedom × √(1 + 1/M) × the members' deviation, which
@@ -481,6 +508,7 @@ def write_table1(run_dir: Path) -> tuple[Path, list[str]]:
     written: set[str] = set()
     for name, results in run.worlds.items():
         grid, noise_model = Grid.of(results), name.split(" · ")[-1]
+        with_floor = noise_model not in NOISE_WITH_MEMORY
         subtitle = _subtitle(run.config, noise_model, results)
         for model in grid.models:
             file = "table1" + (f"-{len(written) + 1}" if written else "")
@@ -490,7 +518,8 @@ def write_table1(run_dir: Path) -> tuple[Path, list[str]]:
             parts += [
                 f"<h2>{escape(model)} head, {escape(noise_model)} noise</h2>",
                 figure_element(file, drawn, picture, CAPTION),
-                f"<p class='note'>{EXPLAINED}</p>" + gain_table(grid, model),
+                f"<p class='note'>{SEEN} {EXPLAINED if with_floor else NO_FLOOR}</p>"
+                + gain_table(grid, model, with_floor),
                 folded("Intervals", f"<p class='note'>{COVERAGE_NOTE}</p>" + coverage_table(grid, model)),
             ]
         parts.append(folded("All models: errors and rank correlations", model_table(grid)))

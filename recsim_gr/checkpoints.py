@@ -18,7 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from recsim_gr.backbones import Backbone, build_backbone
-from recsim_gr.errors import CheckpointError, RecsimError
+from recsim_gr.errors import CheckpointError, RecsimError, RunDirectoryError
 from recsim_gr.files import atomic_path, write_text
 
 SCHEMA_VERSION = 1
@@ -63,13 +63,29 @@ def write_checkpoint(directory: str | Path, name: str, about: dict[str, Any], te
     if taken:
         raise ValueError(f"a checkpoint writes {taken[0]!r} itself; call it something else")
     json_file, kept, waiting = _paths(directory, name)
-    if waiting.exists() and _names(json_file) == _digest_of(waiting):
-        waiting.replace(kept)  # the last writer was killed before it could
+    _finish_last(json_file, kept, waiting)
     digest = save_tensors(waiting, tensors)
     content = {"schema_version": SCHEMA_VERSION, **about, "tensors": digest}
     content["sha256"] = _digest(content)
     write_text(json_file, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    waiting.replace(kept)
+    _renamed(waiting, kept)
+
+
+def _finish_last(json_file: Path, kept: Path, waiting: Path) -> None:
+    """Does what the last writer was killed before it could."""
+    try:
+        unfinished = waiting.exists() and _names(json_file) == _digest_of(waiting)
+    except OSError as error:
+        raise RunDirectoryError(f"{waiting} cannot be read ({error}); remove it") from error
+    if unfinished:
+        _renamed(waiting, kept)
+
+
+def _renamed(waiting: Path, kept: Path) -> None:
+    try:
+        waiting.replace(kept)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {kept} ({error}); remove what stands there") from error
 
 
 def read_checkpoint(directory: str | Path, name: str) -> Checkpoint:

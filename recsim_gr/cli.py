@@ -1,6 +1,7 @@
 """The command line. A mistake of a user is told on standard error, in one line where it can be parsed; exit code 2."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Run:
     n_titles: int | None = None
     """Size of a simulated catalogue."""
     backbone: str | None = None
-    """hstu, sasrec or set; the preset's own sizes carry over."""
+    """hstu, sasrec or set; the preset's own sizes, dropout and rates carry over."""
     world_options: tuple[str, ...] | None = None
     """Further fields of the world's config, as name=value: cold_share=0.2, order_effect=1, history_median=8, …"""
     history_length: int | None = None
@@ -122,7 +123,7 @@ class Pretrain:
     """RecBole's .inter file, or comma-separated values with a header (user, title, timestamp, and rating if there is
     one); or a log: the directory that `recsim-gr generate` made, or a Parquet file of one."""
     backbone: str = "hstu"
-    """hstu, sasrec, set, or another that is registered."""
+    """hstu, sasrec or set."""
     out: Path = Path("runs/pretrain")
     """The run directory: result.json, the backbone, and the training as it stands."""
     seed: int = 0
@@ -130,7 +131,7 @@ class Pretrain:
     epochs: Annotated[float | None, _chosen("FLOAT")] = None
     """Passes over the training events."""
     steps: Annotated[int | None, _chosen("INT")] = None
-    """Gradient steps, instead of epochs."""
+    """Gradient steps, instead of epochs; 0 goes by the epochs."""
     batch: Annotated[int | None, _chosen("INT")] = None
     """Windows of events a batch (of a log: users)."""
     learning_rate: Annotated[float | None, _chosen("FLOAT")] = None
@@ -138,7 +139,7 @@ class Pretrain:
     weight_decay: Annotated[float | None, _chosen("FLOAT")] = None
     """Of AdamW."""
     max_length: Annotated[int | None, _chosen("INT")] = None
-    """Events of a window, and positions of the backbone."""
+    """Events of a window of real sequences, and positions of the backbone."""
     dimensions: Annotated[int | None, _chosen("INT")] = None
     """Width of the backbone."""
     n_layers: Annotated[int | None, _chosen("INT")] = None
@@ -316,6 +317,11 @@ def pretrain_backbone(command: Pretrain, console: Console) -> int:
     if not is_log:
         for table in _ranking_tables(result, command.backbone):
             console.print(table)
+        if trained.best_objective > math.log(sequences.n_titles):
+            console.print(
+                f"It has not learned: held-out NLL is above that of guessing, {math.log(sequences.n_titles):.3f} nats. "
+                "Train longer, or lower --learning-rate."
+            )
     console.print(
         f"{trained.steps:,} steps; held-out NLL {trained.objectives[0][1]:.3f} at the start, "
         f"{trained.best_objective:.3f} nats after {trained.best_step:,}, which is kept. The run: {command.out}",
@@ -366,8 +372,9 @@ def _ranking_tables(result: Any, backbone: str) -> list[Table]:
             table.add_column(metric, justify="right")
         ranked = {f"{backbone}, seen titles ranked too": result.seen_ranked[part]}
         for name, found in (models | ranked).items():
-            k, shrinkage, memory = result.knn
-            about = f" (k {k}, shrinkage {shrinkage:g}, last {memory or 'all'})" if name == "item-kNN" else ""
+            k, shrinkage, memory, decay = result.knn
+            setting = f" (k {k}, shrinkage {shrinkage:g}, last {memory or 'all'}, decay {decay:g})"
+            about = setting if name == "item-kNN" else ""
             table.add_row(name + about, *(f"{figure.mean:.4f} ± {figure.error:.4f}" for figure in found.values()))
         tables.append(table)
     return tables

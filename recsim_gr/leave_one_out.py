@@ -5,6 +5,9 @@ ranked among the whole catalogue less what its user had seen before, in all of t
 a model reads; titles that no user has in training are ranked too. The model that is tested is trained without the
 validation event, and reads it.
 
+Events of one time stand in the order of the file, which decides what is held out where the last two share theirs
+(`LeaveOneOut.tied_test_events`; 44 % of the users of MovieLens-100K).
+
 A user with fewer than three events has nothing to train on once two are held out: such users are trained on whole and
 not tested, which `LeaveOneOut.left_out` counts.
 """
@@ -101,6 +104,13 @@ class LeaveOneOut:
         self.test = HeldOut(sequences, users, sequences.starts[users + 1] - 1)
         self._stops = sequences.starts[1:].copy()
         self._stops[users] -= 2
+
+    @property
+    def tied_test_events(self) -> int:
+        """Test events of the very time of the validation event before them: only their order in the file says which of
+        the two is the test, and whoever compares figures must have the same order."""
+        hours = self.sequences.hours
+        return int((hours[self.test.events] == hours[self.validation.events]).sum())
 
     @property
     def n_training_events(self) -> int:

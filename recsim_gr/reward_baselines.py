@@ -203,13 +203,14 @@ def as_histories(histories: InteractionLog | Histories) -> Histories:
 
 
 def asked(histories: Histories, titles: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """(U, L) titles to be scored, below I: the given ones, or the log's own; title 0 on padding.
+    """(U, L) titles to be scored, below I: the given ones, or the log's own; title 0 on padding, which is I.
 
     Raises:
-        ValueError: titles of another shape, or below 0.
+        ValueError: titles of another shape, below 0, or above I.
     """
     own = histories.observations.titles
     titles = own if titles is None else np.asarray(titles)
-    if titles.shape != own.shape or titles.min() < 0:
-        raise ValueError(f"titles must be (U, L) = {own.shape}, 0 or more, got {titles.shape} from {titles.min()}")
+    if titles.shape != own.shape or titles.min(initial=0) < 0 or titles.max(initial=0) > histories.n_titles:
+        got = f"{titles.shape} from {titles.min(initial=0)} to {titles.max(initial=0)}"
+        raise ValueError(f"titles must be (U, L) = {own.shape}, from 0 to {histories.n_titles} (padding), got {got}")
     return np.where(titles < histories.n_titles, titles, 0)

@@ -77,6 +77,10 @@ class Calibration:
     noise: float
     bounds: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.noise) and self.noise >= 0):
+            raise ConfigError(f"the noise of a calibration must be finite and 0 or more, got {self.noise!r}")
+
     def scale(self, deviation: NDArray[np.floating]) -> FloatArray:
         """sqrt(noise² + deviation²), never 0."""
         return np.sqrt(self.noise**2 + np.asarray(deviation, dtype=np.float64) ** 2 + 1e-12)

@@ -1,7 +1,7 @@
 """What a reward model is worth against the truth: its errors, its ranks, and the coverage of its intervals.
 
-A model of scores learns from titles that users **chose**, and is used for titles that are **forced** on them: those
-that a policy recommends. Both are measured on the same users after the same histories, against the score (what a
+A model of scores learns from titles that users **chose**, and is used for titles that are **forced** on them, as those
+that a policy recommends are. Both are measured on the same users after the same histories, against the score (what a
 study can see of the chosen ones), its exact expectation and the satisfaction behind it. Where the two kinds of titles
 differ, choices depend on what no model is told of the user: hidden confounding.
 
@@ -93,9 +93,10 @@ def chosen_exposures(world: ScoringTruth, log: InteractionLog) -> Exposures:
 def forced_exposures(world: ScoringTruth, log: InteractionLog, seed: int) -> Exposures:
     """At each place of the log a title that its user never saw, drawn uniformly without repetition.
 
-    As many as were chosen, after the same histories, so that the two differ in who picked the title and in nothing
-    else. Where fewer titles are left unseen than were seen, the places left over hold none. Scores are drawn as the
-    environments draw those of a recommendation.
+    As many as were chosen, after the same histories: the two differ in who picked the title, and in that a title which
+    the user chose later is never forced earlier (so that never-shown titles are a little less liked early on than all
+    that could be forced there). Where fewer titles are left unseen than were seen, the places left over hold none.
+    Scores are drawn as the environments draw those of a recommendation.
 
     Args:
         world: that made the log.

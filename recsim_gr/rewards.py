@@ -5,6 +5,7 @@ plus ``imitation_weight`` times the imitation loss (the study's co-training).
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,12 @@ class RewardEnsemble:
 
     @torch.no_grad()
     def predict(self, observations: Observations, chunk: int = 512) -> Prediction:
-        """Mean and deviation over the members, (n, I) each: for every title, seen ones included."""
+        """Mean and deviation over the members, (n, I) each: for every title, seen ones included.
+
+        Raises:
+            ConfigError: contexts over another catalogue.
+        """
+        self._require_catalogue(observations.n_titles)
         device, parts = self.members[0].device, []
         if len(observations) == 0:
             return Prediction(*(np.zeros((0, self.n_titles), dtype=np.float32) for _ in range(2)))
@@ -120,8 +126,13 @@ class RewardEnsemble:
             histories: U users of up to L events.
             titles: (U, L) titles; by default those that were logged. What is said where a history has ended, or of
                 padding, means nothing.
+
+        Raises:
+            ConfigError: histories over another catalogue.
+            ValueError: titles of another shape, or that are none.
         """
         known = as_histories(histories)
+        self._require_catalogue(known.n_titles)
         which, parts = torch.from_numpy(asked(known, titles)), []
         for batch in self.members[0].batches(known):
             chosen = which[batch.rows.cpu()].to(batch.titles.device)
@@ -167,8 +178,10 @@ class RewardEnsemble:
             noise: RMS of the residuals on training users; that of the last calibration, where there was one.
 
         Raises:
-            ConfigError: an ensemble that was never calibrated, without ``noise``.
+            ConfigError: an ensemble that was never calibrated, without ``noise``; noise that is none; users of another
+                catalogue.
         """
+        self._require_catalogue(log.n_titles)
         if noise is None:
             if self.calibration is None:
                 raise ConfigError("calibrate(log, noise) needs the noise: the RMS of the residuals on training users")
@@ -190,10 +203,11 @@ class RewardEnsemble:
             verify: whether the sha256 of the files is checked.
 
         Raises:
-            ConfigError: a log in shards, or one too large for memory, without a directory.
+            ConfigError: a log in shards, or one too large for memory, without a directory; one of another catalogue.
             CheckpointError: a table on disk that is damaged.
             RunDirectoryError: a directory that cannot be written.
         """
+        self._require_catalogue(log.n_titles)
         directory = self.tables_in if directory is None else directory
         place = None if directory is None else Path(directory)
         tables = self._tables.setdefault(log, {})
@@ -203,6 +217,13 @@ class RewardEnsemble:
             else:
                 tables[place] = table_on_disk(self.members, log, place, verify)
         return tables[place]
+
+    def _require_catalogue(self, n_titles: int) -> None:
+        if n_titles != self.n_titles:
+            raise ConfigError(
+                f"the reward ensemble is over {self.n_titles} titles, and what it is asked about over {n_titles}; "
+                "both must come from one catalogue"
+            )
 
     # -- saving: JSON beside safetensors, never pickle ------------------------------------------------------------
 
@@ -227,8 +248,8 @@ class RewardEnsemble:
             about["calibration"] = {"noise": self.calibration.noise, "bounds": self.calibration.bounds}
             columns = {name: getattr(self.calibration, name) for name in ("user", "residual", "deviation")}
             state |= {f"calibration.{name}": torch.from_numpy(column) for name, column in columns.items()}
-        digest = save_tensors(directory / "rewards.safetensors", state)
-        write_json(directory / "rewards.json", about | {"sha256": digest})
+        about["sha256"] = save_tensors(directory / "rewards.safetensors", state)
+        write_json(directory / "rewards.json", about | {"sha256_about": _digest(about)})
 
 
 def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
@@ -240,6 +261,8 @@ def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
     directory = Path(directory)
     try:
         about = read_json(directory / "rewards.json")
+        if _digest({key: value for key, value in about.items() if key != "sha256_about"}) != about["sha256_about"]:
+            raise ValueError("rewards.json is not as it was written")
         content = (directory / "rewards.safetensors").read_bytes()
         if hashlib.sha256(content).hexdigest() != about["sha256"]:
             raise ValueError("the sha256 of rewards.safetensors is not the one that was written")
@@ -256,6 +279,11 @@ def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
     except BROKEN as error:
         message = f"{directory} holds no reward ensemble that can be loaded ({error}); save it again"
         raise CheckpointError(message) from error
+
+
+def _digest(about: dict[str, Any]) -> str:
+    """The sha256 of JSON values, in whatever order."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def fit_reward_ensemble(

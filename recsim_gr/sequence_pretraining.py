@@ -129,7 +129,7 @@ class SequenceResult:
         knn: what item-kNN was chosen.
         training: the record of the training; its objective is held-out NLL in nats.
         validation_nll, test_nll: −log π of what users did next, over all titles that they had not seen.
-        seconds: processor time of this process, training apart from evaluation.
+        seconds: processor time, training apart from evaluation; none of a training that was begun by another call.
     """
 
     figures: dict[str, dict[str, dict[str, Figure]]]
@@ -138,7 +138,7 @@ class SequenceResult:
     training: TrainingRecord
     validation_nll: float
     test_nll: float
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; a figure is its mean and its standard error over users."""
@@ -185,16 +185,17 @@ def pretrain_sequences(
         CheckpointError: the training that is kept there is damaged.
     """
     if backbone.scores and not sequences.has_ratings:
-        raise ConfigError("these sequences have no ratings; leave scores off (--no-scores), or give a file with them")
+        raise ConfigError("these sequences have no ratings; leave scores off (--scores False), or give others")
     split = LeaveOneOut(sequences)
     if backbone.max_length == 0:
         backbone = replace(backbone, max_length=max(2, int(sequences.lengths.max())))
     histories = Histories(split.training_windows(backbone.max_length))
     training = schedule.training(len(histories))
     out = Path(out)
-    claim_directory(out, _identity(sequences.sha256, backbone, schedule, seed))
+    reading = {"time_unit": sequences.time_unit, "repeats_left_out": sequences.left_out}
+    claim_directory(out, _identity(sequences.sha256, backbone, schedule, seed) | {"reading": reading})
     model = initial_backbone(backbone, sequences.n_titles, seed)
-    began = time.process_time()
+    goes_on, began = (out / "training").exists(), time.process_time()
     record = imitate(
         model,
         histories,
@@ -209,7 +210,7 @@ def pretrain_sequences(
     )
     trained = time.process_time()
     result = _tested(model, split, record)
-    result.seconds.update(training=trained - began, evaluation=time.process_time() - trained)
+    result.seconds.update(training=None if goes_on else trained - began, evaluation=time.process_time() - trained)
     save_backbone(model, out)
     write_json(out / "titles.json", sequences.title_names.to_pylist())
     write_json(out / "result.json", _facts(sequences, split) | result.to_json())
@@ -221,11 +222,11 @@ class LogResult(NamedTuple):
 
     Attributes:
         training: the record of the training; its objective is the NLL of held-out users, in nats an event.
-        seconds: processor time of this process.
+        seconds: processor time; none of a training that was begun by another call.
     """
 
     training: TrainingRecord
-    seconds: float
+    seconds: float | None
 
 
 LOG_SCHEDULE = Schedule(
@@ -261,7 +262,7 @@ def pretrain_log(
     out = Path(out)
     data = histories_of(log).fingerprint
     claim_directory(out, _identity(data, backbone, schedule, seed))
-    began = time.process_time()
+    goes_on, began = (out / "training").exists(), time.process_time()
     model, record = pretrain_with_record(
         log,
         backbone,
@@ -271,7 +272,7 @@ def pretrain_log(
         checkpoint=out / "training",
         progress=None if progress is None else progress(training.steps),
     )
-    result = LogResult(record, time.process_time() - began)
+    result = LogResult(record, None if goes_on else time.process_time() - began)
     save_backbone(model, out)
     write_json(out / "result.json", {"data": data, "training": asdict(record), "seconds": result.seconds})
     return result
@@ -312,6 +313,7 @@ def _facts(sequences: Sequences, split: LeaveOneOut) -> dict[str, Any]:
             "users_tested": len(split.test),
             "users_not_tested": split.left_out,
             "repeats_left_out": sequences.left_out,
+            "tied_test_events": split.tied_test_events,
         }
     }
 
@@ -340,7 +342,7 @@ def claim_directory(out: Path, identity: dict[str, Any]) -> None:
         if out.exists() and not out.is_dir():
             raise RunDirectoryError(f"{out} is a file; give --out a directory")
         if not config.exists():
-            if out.exists() and any(out.iterdir()):
+            if out.exists() and any(not path.name.endswith(".part") for path in out.iterdir()):
                 raise RunDirectoryError(f"{out} is not empty and holds no run; give --out a new or empty directory")
             write_json(config, identity)
             return

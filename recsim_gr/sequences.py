@@ -35,6 +35,9 @@ NAMES = {
 TIME_UNITS = {"seconds": 3600.0, "milliseconds": 3_600_000.0, "hours": 1.0}
 """How many of them are an hour."""
 
+MOST_HOURS = 1e7
+"""Half of what a file may span, two thousand years: more is no time, or of another unit."""
+
 REPEATS = ("refuse", "first")
 """What is done where a user meets a title again."""
 
@@ -56,6 +59,7 @@ class Sequences:
         has_ratings: whether the file has ratings.
         sha256: of the file, 64 hexadecimal digits.
         left_out: events that were repeats of a user and a title, and passed over.
+        time_unit: that the file's timestamps were read in.
     """
 
     starts: NDArray[np.int64]
@@ -67,6 +71,7 @@ class Sequences:
     has_ratings: bool
     sha256: str
     left_out: int = 0
+    time_unit: str = "seconds"
 
     def __len__(self) -> int:
         """How many users."""
@@ -100,7 +105,8 @@ class Sequences:
         filled = np.arange(shape[1]) < lengths[:, None]
         events = (first[:, None] + np.arange(shape[1]))[filled]
         titles[filled], scores[filled] = self.titles[events], self.scores[events]
-        # float32 hours since one's first event of years ago would blur a minute; since the row's own they do not
+        # float32 hours since one's first event of years ago would blur a minute; since the row's own only where a row
+        # spans years itself
         times[filled] = self.hours[events] - np.repeat(self.hours[np.minimum(first, self.n_events - 1)], lengths)
         return Observations(titles, scores, times, lengths, np.zeros(len(first), dtype=np.int64), self.n_titles)
 
@@ -141,6 +147,9 @@ def read_sequences(path: str | Path, repeats: str = "refuse", time_unit: str = "
     table = file.read()
     users, titles = (_numbered(table.column(name)) for name in ("user", "title"))
     times = file.numbers(table, "timestamp")
+    span = (times.max() / 2 - times.min() / 2) / TIME_UNITS[time_unit]  # of halves, which cannot overflow
+    if span > MOST_HOURS:
+        raise DataFileError(f"{path} spans {2 * span:.3g} hours; check its timestamps, which are read in {time_unit}")
     has_ratings = "rating" in file.columns
     scores = _scores(file.numbers(table, "rating")) if has_ratings else np.full(len(times), NEUTRAL_SCORE, np.float32)
     order = np.lexsort((times, users.numbers))  # stable: events of one time stay in the order of the file
@@ -160,6 +169,7 @@ def read_sequences(path: str | Path, repeats: str = "refuse", time_unit: str = "
         has_ratings=has_ratings,
         sha256=file.sha256(),
         left_out=int(again.sum()),
+        time_unit=time_unit,
     )
 
 
@@ -181,6 +191,8 @@ def _numbered(column: pa.ChunkedArray) -> _Numbered:
 
 def _scores(ratings: NDArray[np.float64]) -> NDArray[np.float32]:
     low, high = ratings.min(), ratings.max()
+    if not np.isfinite(np.float32(high) - np.float32(low)):
+        raise DataFileError(f"ratings from {low:.3g} to {high:.3g} are too wide apart; check the column")
     if low < LOWEST_SCORE or high > HIGHEST_SCORE:
         span = high - low if high > low else 1.0
         ratings = LOWEST_SCORE + (HIGHEST_SCORE - LOWEST_SCORE) * (ratings - low) / span
@@ -227,9 +239,10 @@ class _TextFile:
         except UnicodeDecodeError as error:
             raise self._not_text(1) from error
         names = next(self._fields([header]))
-        if len(set(names)) < len(names):
+        bare = [name.split(":")[0].strip() if self.atomic else name.strip() for name in names]
+        if len(set(bare)) < len(bare):
             raise DataFileError(f"{self.path} line 1: a column is named twice; name each once")
-        plain = {name.split(":")[0].strip() if self.atomic else name.strip(): name for name in names}
+        plain = dict(zip(bare, names, strict=True))
         found = {what: plain[name] for what, known in NAMES.items() for name in known[::-1] if name in plain}
         missing = [what for what in NAMES if what not in found and what != "rating"]
         if missing:
@@ -259,7 +272,7 @@ class _TextFile:
                     strings_can_be_null=False,
                 ),
             )
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:  # an OSError: plain text under a name like x.csv.gz
             raise self._first_bad_line(error) from error
         if len(table) == 0:
             raise DataFileError(f"{self.path} has a header and no events; {_FORMATS}")
@@ -280,7 +293,9 @@ class _TextFile:
 
     def complaint(self, row: int, what: str, would_do: str) -> DataFileError:
         """An error about the event of a row, from 0."""
-        return DataFileError(f"{self.path} line {self._line_of(row)} {what}; {would_do}")
+        line = self._line_of(row)
+        where = f"line {line}" if line else f"event {row + 1}"
+        return DataFileError(f"{self.path} {where} {what}; {would_do}")
 
     def sha256(self) -> str:
         """Of the whole file."""
@@ -290,10 +305,16 @@ class _TextFile:
     # what follows runs only where something is wrong, a line at a time
 
     def _line_of(self, row: int) -> int:
-        """The number of the line, from 1, of an event's row; empty lines are no rows."""
-        with self.path.open("rb") as file:
-            at = [number for number, line in zip(range(1, 2**62), file, strict=False) if line.strip()]
-        return at[row + 1]
+        """The number of the line, from 1, of an event's row; empty lines are no rows. 0 where lines and rows are not
+        the same thing: a quoted field may span several."""
+        at = []
+        with self.path.open(encoding="utf-8-sig") as file:  # all three kinds of line ends
+            for number, line in enumerate(file, start=1):
+                if '"' in line and not self.atomic:
+                    return 0
+                if line.strip("\n"):
+                    at.append(number)
+        return at[row + 1] if row + 1 < len(at) else 0
 
     def _first_bad_line(self, error: Exception) -> DataFileError:
         width, at = 0, {}

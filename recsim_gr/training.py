@@ -46,7 +46,8 @@ START_BATCHES = 8
 steps."""
 
 NOISE = 5.0
-"""Standard errors: with eight batches a run that learns nothing at all passes them once in 1,500 times."""
+"""Standard errors: with eight batches a run that learns nothing at all passes them once in 1,300 times (Student's t,
+7 degrees of freedom)."""
 
 LEAST_RISE = 0.01
 """Share of the start: what starts at its optimum ends a little above it, since every step has its noise."""
@@ -74,10 +75,10 @@ class TrainingConfig:
     """Checks in a row without a lower objective, after which a run stops; 0 runs to the end: the rate falls to 0 there,
     so the best state comes late, and learners that are compared take the same number of steps."""
     precision: str = "float32"
-    """Of products while training, one of `PRECISIONS`; weights, optimiser and validation are float32 always. Results of
-    a run directory must be the same on every machine, and ``auto`` is something else on another. With native products
-    bfloat16 takes .68 of the time of a step at d = 64, 1,000 titles, 128 × 50 tokens, and 1.16 of it at d = 32, 200
-    titles, 64 × 20, where conversions cost more than products; runs end at the same likelihood."""
+    """Of products while training, one of `PRECISIONS`; weights, optimiser and validation are float32 always. Runs on
+    two machines must differ in no more than the rounding of float32 sums, and ``auto`` is something else on another.
+    With native products bfloat16 takes .68 of the time of a step at d = 64, 1,000 titles, 128 × 50 tokens, and 1.16 of
+    it at d = 32, 200 titles, 64 × 20, where conversions cost more than products; runs end at the same likelihood."""
     compile: bool = False
     """Whether the loss goes through ``torch.compile``, which takes a C++ compiler. On a CPU it does not pay: one to one
     and a half minutes of compilation, and then 1.6 to 2.7 times as long a step, since what is compiled are the plain
@@ -178,7 +179,8 @@ def train(
         falls: whether the loss should end below its start, so that it is an error if it does not.
         device: where it is trained, and stays; by default where the module is.
         checkpoint: a directory in which the run is kept at every check, and from which it goes on where it was cut
-            off: it then ends as it would have ended, bit for bit, on the same device and version of torch.
+            off: it then ends as it would have ended, bit for bit, on the same device with the same version of torch and
+            as many threads.
         identity: whatever else decides the result, as JSON values: a checkpoint with another one is refused.
         progress: told every step and check.
 
@@ -417,6 +419,8 @@ class _Keeper:
     def _load(self, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         run = self.run
         record = TrainingRecord.from_json(about["record"])
+        if not 0 <= record.steps <= run.config.steps:
+            raise ValueError(f"{record.steps} steps of {run.config.steps} cannot have been taken")
         start = about["start"]
         best = {name: value.to(run.device) for name, value in tensors_under("best.", tensors).items()}
         run.module.load_state_dict(best)  # refuses what is of another shape

@@ -17,7 +17,7 @@ from recsim_gr.backbones import HSTUConfig, SASRecConfig, new_backbone
 from recsim_gr.errors import ConfigError, DataFileError
 from recsim_gr.histories import Histories
 from recsim_gr.leave_one_out import HeldOut, LeaveOneOut, backbone_scorer, held_out_nll, ranking_figures, ranks
-from recsim_gr.neighbours import ItemKNN, KNNGrid, best_item_knn, popularity, similarities
+from recsim_gr.neighbours import ItemKNN, KNNChoice, KNNGrid, best_item_knn, popularity, similarities
 from recsim_gr.randomness import generator
 from recsim_gr.sequences import Sequences, read_sequences
 
@@ -102,9 +102,9 @@ def test_figures_of_ranks_by_hand() -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(some_histories(), st.integers(1, 5), st.sampled_from([0.0, 2.5]), st.integers(0, 3))
+@given(some_histories(), st.integers(1, 5), st.sampled_from([0.0, 2.5]), st.integers(0, 3), st.sampled_from([1.0, 0.5]))
 def test_item_knn_equals_plain_python(
-    drawn: tuple[list[list[int]], int], k: int, shrinkage: float, memory: int
+    drawn: tuple[list[list[int]], int], k: int, shrinkage: float, memory: int, decay: float
 ) -> None:
     histories, n_titles = drawn
     split = LeaveOneOut(sequences_of(histories, n_titles))
@@ -116,12 +116,12 @@ def test_item_knn_equals_plain_python(
         return both / (math.sqrt(len(have[i]) * len(have[j])) + shrinkage) if both and i != j else 0.0
 
     (_, found), *_ = similarities(split, (k,), shrinkage)
-    scores = ItemKNN(found, memory)(split.test, slice(0, len(split.test)))
+    scores = ItemKNN(found, memory, decay)(split.test, slice(0, len(split.test)))
     for row, own in enumerate([own for own in histories if len(own) >= 3]):
         expected = np.zeros(n_titles)
-        for j in own[:-1] if memory == 0 else own[:-1][-memory:]:
+        for age, j in enumerate(own[-2::-1]):
             for i in sorted(range(n_titles), key=lambda i: (-alike(j, i), i))[:k]:
-                expected[i] += alike(j, i)
+                expected[i] += decay**age * alike(j, i) if memory == 0 or age < memory else 0.0
         assert scores[row] == pytest.approx(expected)
 
 
@@ -129,19 +129,20 @@ def test_item_knn_is_chosen_on_validation() -> None:
     rng = generator(3, "users who go round a ring")
     starts = rng.integers(0, 20, size=40)
     split = LeaveOneOut(sequences_of([[int(s + k) % 20 for k in range(6)] for s in starts], 20))
-    grid = KNNGrid(neighbours=(1, 2, 19), shrinkage=(0.0, 5.0), memory=(1, 3, 0))
+    grid = KNNGrid(neighbours=(1, 2, 19), shrinkage=(0.0, 5.0), memory=(1, 3, 0), decay=(1.0, 0.5))
     chosen, choice = best_item_knn(split, grid)
 
     def validation(scorer: Any) -> float:
         return ranking_figures(ranks(scorer, split.validation))["NDCG@10"].mean
 
     found = {
-        (k, shrinkage, memory): validation(ItemKNN(alike, memory))
+        KNNChoice(k, shrinkage, memory, decay): validation(ItemKNN(alike, memory, decay))
         for shrinkage in grid.shrinkage
         for k, alike in similarities(split, grid.neighbours, shrinkage)
         for memory in grid.memory
+        for decay in grid.decay
     }
-    assert len(found) == 18
+    assert len(found) == 36
     assert found[choice] == validation(chosen) == max(found.values()) > min(found.values())
     assert validation(popularity(split.counts())) < found[choice]
 

@@ -106,16 +106,15 @@ def plain_attention(
     projected: Tensor, table: Tensor, blocks: Sequence[Block], kind: AttentionKind
 ) -> tuple[Tensor, Tensor]:
     """`attention` as its equations, differentiated by torch."""
-    b, t, _ = projected.shape
     u, v, q, k = (F.silu(projected) if kind.activated else projected).chunk(4, dim=-1)
-    q, k, v = (part.view(b, t, kind.heads, -1).transpose(1, 2) for part in (q, k, v))  # (B, H, T, d/H)
+    q, k, v = (part.unflatten(-1, (kind.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, T, d/H)
     rows = []
     for block in blocks:
         bias = table[block.entries].unsqueeze(1)  # the same in every head
         scores = kind.scale * (q[:, :, block.rows] @ k[:, :, block.columns].mT) + bias
         weights = F.silu(scores) / kind.length if kind.normaliser == "length" else torch.softmax(scores, dim=-1)
         rows.append(weights.to(v.dtype) @ v[:, :, block.columns])
-    values = torch.cat(rows, dim=2).transpose(1, 2).reshape(b, t, -1)
+    values = torch.cat(rows, dim=2).transpose(1, 2).flatten(2)
     return values.to(wide(values.dtype)), u.to(wide(u.dtype))
 
 
@@ -134,13 +133,12 @@ def attention_of_one(
     Returns:
         O (B, 1, d), and U (B, 1, d) after its SiLU, both float32 at least.
     """
-    b, t, _ = asked.shape
     u, q = (F.silu(asking) if kind.activated else asking).chunk(2, dim=-1)
-    v, k = (F.silu(asked) if kind.activated else asked).view(b, t, 2, kind.heads, -1).permute(2, 0, 3, 1, 4)
-    bias = table.index_select(0, entries.flatten()).view(-1, 1, 1, t)
-    scores = kind.scale * (q.view(b, kind.heads, 1, -1) @ k.mT) + bias
+    v, k = (F.silu(asked) if kind.activated else asked).unflatten(-1, (2, kind.heads, -1)).permute(2, 0, 3, 1, 4)
+    bias = table.index_select(0, entries.flatten()).view(-1, 1, 1, asked.shape[1])
+    scores = kind.scale * (q.unflatten(-1, (kind.heads, -1)).transpose(1, 2) @ k.mT) + bias
     weights = F.silu(scores) / kind.length if kind.normaliser == "length" else torch.softmax(scores, dim=-1)
-    values = (weights.to(v.dtype) @ v).view(b, 1, -1)
+    values = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return values.to(wide(values.dtype)), u.to(wide(u.dtype))
 
 
@@ -213,8 +211,8 @@ class _Attention(torch.autograd.Function):
 
 def _by_head(x: Tensor, kind: AttentionKind) -> Tensor:
     """(B, T, d) seen as (H, B, T, d/H)."""
-    b, t, _ = x.shape
-    return x.view(b, t, kind.heads, -1).permute(2, 0, 1, 3)
+    b, t, d = x.shape
+    return x.view(b, t, kind.heads, d // kind.heads).permute(2, 0, 1, 3)
 
 
 def _split(x: Tensor, kind: AttentionKind) -> Tensor:

@@ -90,12 +90,24 @@ def register_backbone(backbone: type["Backbone"]) -> type["Backbone"]:
     and to the contract test.
 
     Raises:
-        ConfigError: the name is taken by another class.
+        ConfigError: the name is taken by another class, or its config's type by another name (a config says which
+            backbone is meant).
     """
-    if BACKBONES.get(backbone.name, backbone).__qualname__ != backbone.__qualname__:
-        raise ConfigError(f"there is already a backbone {backbone.name!r}; choose another name")
+    for name, known in BACKBONES.items():
+        if name == backbone.name and _place(known) != _place(backbone):
+            raise ConfigError(f"there is already a backbone {backbone.name!r}; choose another name")
+        if name != backbone.name and known.config_type is backbone.config_type:
+            config = backbone.config_type.__name__
+            raise ConfigError(
+                f"backbone {backbone.name!r} has the {config} of backbone {name!r}; give it one of its own, "
+                f"class MyConfig({config})"
+            )
     BACKBONES[backbone.name] = backbone
     return backbone
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def backbone_type(name: str) -> type["Backbone"]:
@@ -185,7 +197,7 @@ class Backbone(nn.Module, ABC):
             (B, T + 1, d), of length 1 where the similarity is the cosine; position t has seen the first t events.
         """
         steps = torch.arange(titles.shape[1] + 1, device=titles.device)
-        return self._states(self._history(titles, scores), Places(steps, _hours(times)))
+        return self._states(self._history(titles, scores), Places(steps, self._hours(titles, times)))
 
     def encode_appended(
         self, titles: Tensor, scores: Tensor, times: Tensor, candidates: Tensor, after: Tensor, marker: Tensor
@@ -205,7 +217,7 @@ class Backbone(nn.Module, ABC):
         t = titles.shape[1]
         appended = self._embedded(candidates) + marker
         x = torch.cat([self._history(titles, scores), appended], dim=1)
-        hours = _hours(times)
+        hours = self._hours(titles, times)
         steps = torch.arange(t + 1, device=titles.device).expand(len(titles), -1)
         places = Places(
             torch.cat([steps, after + 1], dim=1),
@@ -217,7 +229,7 @@ class Backbone(nn.Module, ABC):
     def encode_last(self, titles: Tensor, scores: Tensor, times: Tensor) -> Tensor:
         """(B, d): the state after the whole of each history, wherever its padding begins."""
         length = (titles < self.n_titles).sum(dim=1)
-        places = Places(torch.arange(titles.shape[1] + 1, device=titles.device), _hours(times))
+        places = Places(torch.arange(titles.shape[1] + 1, device=titles.device), self._hours(titles, times))
         tokens = self._placed(self._history(titles, scores), places)
         return self._compared(self.mix_last(tokens, places, length))
 
@@ -249,6 +261,12 @@ class Backbone(nn.Module, ABC):
         """(B, T, d): titles' vectors times sqrt(d); 0 on padding."""
         padded = F.pad(self.title_vectors(), (0, 0, 0, 1))
         return padded[titles] * math.sqrt(self.config.dimensions)
+
+    def _hours(self, titles: Tensor, times: Tensor) -> Tensor:
+        """(B, T + 1): the times of the tokens, 0 on padding; the opening token stands at the first event."""
+        times = times.masked_fill(titles == self.n_titles, 0.0)
+        opening = times[:, :1].sum(dim=1, keepdim=True)  # (B, 1) also where T is 0
+        return torch.cat([opening, times], dim=1)
 
     def _states(self, x: Tensor, places: Places) -> Tensor:
         return self._compared(self.mix(self._placed(x, places), places))
@@ -292,12 +310,6 @@ def build_backbone(shape: dict[str, Any]) -> Backbone:
 def rows_at(x: Tensor, last: Tensor) -> Tensor:
     """(B, 1, d): of (B, T, d), the row of each sequence that (B,) ``last`` names."""
     return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))
-
-
-def _hours(times: Tensor) -> Tensor:
-    """(B, T + 1): the times of the tokens; the opening token stands at the first event."""
-    opening = times[:, :1].sum(dim=1, keepdim=True)  # (B, 1) also where T is 0
-    return torch.cat([opening, times], dim=1)
 
 
 def _appended_allowed(n_history: int, after: Tensor) -> Tensor:

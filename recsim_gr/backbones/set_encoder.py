@@ -82,13 +82,12 @@ class SetEncoder(Backbone):
         self.by_number = nn.Parameter(torch.zeros(d))
 
     def mix(self, x: Tensor, places: Places) -> Tensor:
-        b, t = x.shape[:2]
         heads = self.config.n_heads
         x = self.norm(self.before(x))
         weights = torch.exp(LOGIT_BOUND * torch.tanh(self.queries(x).float() / LOGIT_BOUND))  # (B, T, H)
-        weighted = (self.values(x).view(b, t, heads, -1) * weights.unsqueeze(-1)).flatten(2)
+        weighted = (self.values(x).unflatten(-1, (heads, -1)) * weights.unsqueeze(-1)).flatten(2)
         reads = places.may_read().to(weighted.dtype)
-        pooled = (reads @ weighted).view(b, t, heads, -1) / (reads @ weights).unsqueeze(-1)
+        pooled = (reads @ weighted).unflatten(-1, (heads, -1)) / (reads @ weights).unsqueeze(-1)
         number = reads.sum(dim=-1, keepdim=True).log()
         y: Tensor = self.after(self.out(pooled.flatten(2)) + number * self.by_number)
         return y
