@@ -84,12 +84,9 @@ def _panel(
     zeros = alt.Chart(alt.Data(values=[{"zero": 0.0}])).mark_rule(color="#ccc", strokeDash=[3, 3])
 
     def drawn(legend: bool) -> Any:
-        panel = scatter(here, agents, x, y, level_name(trials, level), identity, legend)
-        return alt.layer(
-            zeros.encode(x=alt.X("zero:Q", title=x["title"])),
-            zeros.encode(y=alt.Y("zero:Q", title=y["title"])),
-            *panel.layer,
-        ).properties(width=panel.width, height=panel.height, title=panel.title)
+        panel = scatter(here, agents, x, y, "", identity, legend)
+        rules = zeros.encode(x=alt.X("zero:Q", title=x["title"])), zeros.encode(y=alt.Y("zero:Q", title=y["title"]))
+        return alt.layer(*rules, panel).properties(title=level_name(trials, level))
 
     return drawn
 

@@ -144,17 +144,17 @@ STATEMENTS: Mapping[str, tuple[Statement, ...]] = {
     ),
     "PPO, DPO and IPO reach a good judge score but overfit": (
         Statement(
-            "a good judge score, and a worse ranking of logged titles", True,
+            "PPO, DPO, IPO: a good judge score, and a worse ranking of logged titles", True,
             f"judge's return above {REFERENCE}'s, NDCG@10 below it", _only(*CLIMBERS),
             _climbs_but("NDCG@10 lost", lambda t, rule, agent: -_gain(t, rule, agent, OFFLINE)),
         ),
         Statement(
-            "a good judge score that is not kept", False,
+            "PPO, DPO, IPO: a good judge score that is not kept", False,
             f"judge's return above {REFERENCE}'s, by more than the true expected score of the same steps is",
             _only(*CLIMBERS), _climbs_but("promised, not scored", _promise),
         ),
         Statement(
-            "a good judge score, and less satisfied users", False,
+            "PPO, DPO, IPO: a good judge score, and less satisfied users", False,
             f"judge's return above {REFERENCE}'s, true satisfaction of the same steps below it", _only(*CLIMBERS),
             _climbs_but("satisfaction lost", lambda t, rule, agent: -_gain(t, rule, agent, SATISFACTION)),
         ),
@@ -217,8 +217,8 @@ def verdicts(statement: Statement, trials: Trials, rule: str) -> list[Verdict]:
     cases = []
     for agent in statement.agents(trials):
         parts = statement.parts(trials, rule, agent)
-        for level in range(len(trials.noise)) if parts else ():
-            cases.append((agent, level, [part.differences[level] for part in parts], parts))
+        levels = range(len(trials.noise)) if parts else ()
+        cases += [(agent, level, [part.differences[level] for part in parts], parts) for level in levels]
     tested = [_conjunction(differences) for _, _, differences, _ in cases]
     p_holds, p_fails = (holm([p[k] for p in tested]) for k in (0, 1))
     return [
@@ -304,8 +304,10 @@ def level_name(trials: Trials, level: int) -> str:
 
 
 def readings(trials: Trials, rule: str) -> list[str]:
-    """Every statement's sentence, under the caution that the seeds ask for."""
+    """Every statement's sentence, under the caution that the seeds ask for; of one seed that alone."""
     lines = [caution(trials)]
+    if len(trials.seeds) == 1:
+        return lines
     for statements in STATEMENTS.values():
         lines += [sentence(s, verdicts(s, trials, rule), trials) for s in statements]
     return lines
