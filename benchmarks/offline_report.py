@@ -210,8 +210,8 @@ def selection_lines(trials: Trials) -> list[str]:
     lines = []
     worlds = trials.shape[0] * trials.shape[1]
     for rule in trials.rules:
-        over_seeds = np.nanmean(mean_regret(trials, rule), axis=0) if trials.selected else np.array([np.nan])
-        line = f"Strength by {RULE_NAMES[rule]}: true top-10 value lost {_lost(over_seeds)}".replace("<", "")
+        over_seeds = t_interval(mean_regret(trials, rule).T)[0]
+        line = f"Strength by {RULE_NAMES[rule]}: true top-10 value lost {_lost(over_seeds)}"
         ends = np.array([trials.at_the_end(agent, rule) for agent in trials.selected]).sum(axis=0)
         if rule != DEFAULT:
             line += f"; at the weakest end {ends[0]}, at the strongest {ends[1]} of {worlds * len(trials.selected)}"
