@@ -236,9 +236,9 @@ def cost_table(cells: Sequence[Mapping[str, Any]]) -> str:
     if not spent:
         return ""
     means = {label: {key: float(np.mean(values)) for key, values in costs.items()} for label, costs in spent.items()}
-    base = means.get("BC", {}).get("step_seconds", np.nan)
+    base = _seconds_a_step(means.get("BC", {}))
     rows = "".join(f"<tr><th>{escape(label)}</th>{_cost_cells(costs, base)}</tr>" for label, costs in means.items())
-    heads = ("seconds to fit", "before the steps", "gradient steps", "ms a step", "× BC's", "online samples")
+    heads = ("seconds to fit", "of them preparing", "gradient steps", "ms a step", "× BC's", "online samples")
     head = "".join(f"<th>{title}</th>" for title in heads)
     return f"<h3>What it cost</h3><p class='note'>{COSTS}</p>" + table(
         f"<tr><th>fit</th>{head}</tr>", f"<tbody>{rows}</tbody>"
@@ -246,14 +246,21 @@ def cost_table(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cost_cells(costs: Mapping[str, float], base: float) -> str:
-    seconds, steps, each = (costs.get(key, np.nan) for key in ("fit_seconds", "gradient_steps", "step_seconds"))
-    before = max(0.0, seconds - steps * each) if np.isfinite(each) else np.nan
-    samples = costs.get("samples", np.nan)
+    seconds, prepared, steps, samples = (
+        costs.get(key, np.nan) for key in ("fit_seconds", "preparation_seconds", "gradient_steps", "samples")
+    )
+    each = _seconds_a_step(costs)
     shown = (
-        number(seconds, 2), number(before, 2), f"{steps:,.0f}" if steps > 0 else "–", number(1e3 * each, 2),
+        number(seconds, 2), number(prepared, 2), f"{steps:,.0f}" if steps > 0 else "–", number(1e3 * each, 2),
         number(each / base, 2), f"{samples:,.0f}" if samples > 0 else "–",
     )  # fmt: skip
     return "".join(f"<td>{text}</td>" for text in shown)
+
+
+def _seconds_a_step(costs: Mapping[str, float]) -> float:
+    """Processor seconds of a gradient step, the checks on validation users spread over them; NaN without any."""
+    steps, spent = costs.get("gradient_steps", 0.0), costs.get("fit_processor_seconds", np.nan)
+    return (spent - costs.get("preparation_seconds", 0.0)) / steps if steps > 0 else np.nan
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -289,9 +296,9 @@ is below (p is the smallest times their number); Holm's correction is over the a
 Undecided: neither. PPO, RSDPO and RSIPO stand for the study's PPO, DPO and IPO, {REFERENCE}, BC and CQL for its others.
 All have one log size here; another is another run (--n-users)."""
 
-COSTS = """Means over cells on the machine of the run. A step's time is taken between the first and the last check on
-validation users, its share of those checks included; what is before are pairs, samples drawn ahead and tables of the
-agent's own. The reward ensemble's scores of the log are made once and shared."""
+COSTS = """Means over cells on the machine of the run. Preparing: pairs, rollouts, tables of the agent's own, in
+processor seconds. A step is what is left of the fit's processor time over gradient steps, with its share of the checks
+on validation users. The reward ensemble's scores of the log are made once and shared."""
 
 
 def _section(trials: Trials, name: str, pictures: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> list[str]:
