@@ -11,13 +11,15 @@ from recsim_gr.benchmarks.charts import styles_of
 from recsim_gr.benchmarks.offline_charts import FIGURES, RULE_NAMES, mean_regret, promise, regret
 from recsim_gr.benchmarks.offline_choices import DEFAULT, RULES
 from recsim_gr.benchmarks.offline_statements import (
+    FAILS,
+    HOLDS,
     STATEMENTS,
-    WORDS,
     Statement,
     Verdict,
     caution,
     level_name,
     readings,
+    said,
     verdicts,
 )
 from recsim_gr.benchmarks.offline_trials import (
@@ -47,9 +49,9 @@ TWINS = {
 """The true counterparts of each, which the study could not know."""
 
 TWIN_HEADINGS = {
-    "ndcg10_true": "of truly satisfied users",
-    "hr10_true": "of truly satisfied users",
-    "mrr_true": "of truly satisfied users",
+    "ndcg10_true": "satisfied users",
+    "hr10_true": "satisfied users",
+    "mrr_true": "satisfied users",
     "score_return": "true expected score",
     "value_return": "true satisfaction",
 }
@@ -75,6 +77,7 @@ def table2(trials: Trials, rule: str) -> str:
     body = []
     for level in range(len(trials.noise)):
         body.append(f'<tbody><tr class="level"><th colspan="{len(columns) + 2}">{level_name(trials, level)}</th></tr>')
+        body.append(_reference_row(trials, columns, level))
         for agent in trials.ordered:
             if agent == REFERENCE or not np.isfinite(trials.of(agent, rule, HEADLINE)[level]).any():
                 continue
@@ -86,6 +89,17 @@ def table2(trials: Trials, rule: str) -> str:
             body.append("</tr>")
         body.append("</tbody>")
     return table(_table2_head(), "".join(body), "headline")
+
+
+def _reference_row(trials: Trials, columns: Sequence[str], level: int) -> str:
+    """The reference's own figures, which the others are percentages over."""
+    cells = []
+    for metric in columns:
+        shown = number(float(t_interval(trials.of(REFERENCE, DEFAULT, metric)[level])[0]))
+        cells.append(f"<td>{shown if metric in STUDY else f'<i>{shown}</i>'}</td>")
+        if metric == "judge_return":
+            cells.append(_deviation_cell(trials, REFERENCE, DEFAULT, level))
+    return f'<tr><th class="reference">{REFERENCE} <small>itself</small></th>{"".join(cells)}</tr>'
 
 
 def _table2_head() -> str:
@@ -150,7 +164,7 @@ def _statement_rows(statement: Statement, trials: Trials, rule: str) -> str:
     found = verdicts(statement, trials, rule)
     rows = "".join(_verdict_row(verdict, trials) for verdict in found)
     missing = '<tr><td colspan="6" class="text">agents are missing</td></tr>'
-    return f'<tbody><tr class="level"><th colspan="6">{title}</th></tr>{rows or missing}</tbody>'
+    return f'<tbody><tr class="level"><th colspan="6" class="text">{title}</th></tr>{rows or missing}</tbody>'
 
 
 SHOWN_PARTS = 3
@@ -162,8 +176,8 @@ def _verdict_row(verdict: Verdict, trials: Trials) -> str:
     left = len(verdict.parts) - len(parts)
     behind = "; ".join(parts) + (f"; and {left} more" if left else "")
     p = "".join(f"<td>{number(value)}</td>" for value in (verdict.p_holds, verdict.p_fails))
-    word = WORDS[verdict.word]
-    shown = word if word.startswith(("undecided", "no ", "one ")) else f"<b>{word}</b>"
+    word = said(verdict.word, trials)
+    shown = f"<b>{word}</b>" if verdict.word in (HOLDS, FAILS) else word
     return (
         f"<tr><th>{level_name(trials, verdict.level)}</th><td class='text'>{escape(verdict.agent)}</td>"
         f"<td class='text'>{shown}</td>{p}<td class='text'>{behind}</td></tr>"
@@ -290,6 +304,9 @@ value of the best of the five in hindsight, on test users, less that of the one 
 the weakest or the strongest that was tried, so that the best may lie beyond. The judge that chooses is the judge of the
 table."""
 
+REGRET_NOTE = """Right is worse: on test users, true top-10 value of an agent's best strength less that of the one that
+a rule took, mean over worlds. Black circles are the strength that the agent comes with."""
+
 STATEMENTS_NOTE = f"""Each is asked of the rows, at 5 %, by one-sided Student-t tests over seeds of paired differences.
 It holds where every difference that it asks for is above 0 (p is the largest of theirs), it does not where one of them
 is below (p is the smallest times their number); Holm's correction is over the agents and noise levels of a statement.
@@ -372,7 +389,7 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
         pictures = []
         for drawn, note in (
             (promise(trials, DEFAULT, subtitle, "promise" + suffix), PROMISE_NOTE),
-            (regret(trials, subtitle, "regret" + suffix) if trials.selected else None, SELECTION),
+            (regret(trials, subtitle, "regret" + suffix) if trials.selected else None, REGRET_NOTE),
         ):
             if drawn is not None:
                 picture = write_figure(run_dir / "figures", drawn.name, drawn)

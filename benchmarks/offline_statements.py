@@ -273,6 +273,12 @@ def caution(trials: Trials) -> str:
     return f"{n} seeds. Undecided means that they cannot tell, not that there is no difference."
 
 
+def said(word: int, trials: Trials) -> str:
+    """A verdict in words; with few seeds a test that passes says so only of them."""
+    n = len(trials.seeds)
+    return f"{WORDS[word]} ({n} seeds)" if word in (HOLDS, FAILS) and n < ROBUST_SEEDS else WORDS[word]
+
+
 def sentence(statement: Statement, found: Sequence[Verdict], trials: Trials) -> str:
     """Where a statement holds, where it does not, and where nobody can say; agent by agent."""
     who = "seen by the study's own measures" if statement.seen else "in truth"
@@ -282,7 +288,7 @@ def sentence(statement: Statement, found: Sequence[Verdict], trials: Trials) -> 
     for agent in dict.fromkeys(verdict.agent for verdict in found):
         own = [verdict for verdict in found if verdict.agent == agent]
         parts = [
-            f"{WORDS[word]} at {_at([v.level for v in own if v.word == word], trials)}"
+            f"{said(word, trials)} at {_at([v.level for v in own if v.word == word], trials)}"
             for word in range(len(WORDS))
             if any(v.word == word for v in own)
         ]

@@ -122,11 +122,17 @@ def test_a_sentence_names_regions_and_a_caution_the_seeds() -> None:
     made = trials(3, 3, ASFT={"value_top10": gain})
     said = sentence(MOST[2], verdicts(MOST[2], made, DEFAULT), made)
     assert said == (
-        "A-SFT improves satisfaction most (in truth): ASFT holds at ν 0 (reliability 1.00), ν 0.5 (reliability 0.50); "
-        "does not hold at ν 1 (reliability 0.00)"
+        "A-SFT improves satisfaction most (in truth): ASFT holds (3 seeds) at ν 0 (reliability 1.00), "
+        "ν 0.5 (reliability 0.50); does not hold (3 seeds) at ν 1 (reliability 0.00)"
     )
     whole = trials(2, 3, ASFT={"ndcg10": about(0.5, levels=2)})
-    assert sentence(MOST[0], verdicts(MOST[0], whole, DEFAULT), whole).endswith("ASFT holds at all 2 noise levels")
+    assert sentence(MOST[0], verdicts(MOST[0], whole, DEFAULT), whole).endswith(
+        "ASFT holds (3 seeds) at all 2 noise levels"
+    )
+    claimed = trials(1, 10, ASFT={"ndcg10": about(0.5, seeds=10)})
+    assert sentence(MOST[0], verdicts(MOST[0], claimed, DEFAULT), claimed).endswith(
+        "ASFT holds at ν 0 (reliability 1.00)"
+    )
     assert "no claim" in caution(made)
     assert "no claim" not in caution(trials(1, 10, ASFT={}))
     assert "nothing here is tested" in caution(trials(1, 1, ASFT={}))
