@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from recsim_gr.benchmarks.charts import styles_of
+from recsim_gr.benchmarks.first_principles import check_first_principles
 from recsim_gr.benchmarks.offline_charts import FIGURES, RULE_NAMES, mean_regret, promise, regret
 from recsim_gr.benchmarks.offline_choices import DEFAULT, RULES
 from recsim_gr.benchmarks.offline_statements import (
@@ -332,7 +333,15 @@ def _section(trials: Trials, name: str, pictures: Sequence[str], cells: Sequence
         title = f"strengths chosen by {RULE_NAMES[rule]}"
         own.append(folded(f"Table 2, {title}", table2(trials, rule)))
         own.append(folded(f"The statements, {title}", statements(trials, rule)))
-    return [*own, folded("The figures themselves", value_table(trials))]
+    own.append(folded("The figures themselves", value_table(trials)))
+    laws = (f"<b>{escape(x)}</b>" if x.startswith("FAILS") else escape(x) for x in checks(trials, name))
+    return [*own, "<h3>Whatever the ranking</h3><ul>", *(f"<li>{law}</li>" for law in laws), "</ul>"]
+
+
+def checks(trials: Trials, name: str) -> list[str]:
+    """What must hold of every world, whichever agent is best: the landscape's checks, of agents at their defaults."""
+    env, _, noise_model = name.rpartition(" · ")
+    return check_first_principles(trials.results(DEFAULT), "WatchTime" in env, noise_model)
 
 
 FIGURES_THEMSELVES = {
@@ -397,6 +406,7 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
                 written.add(drawn.name)
         body += _section(trials, name, pictures, run.cells)
         lines += readings(trials, DEFAULT) + (selection_lines(trials) if trials.selected else [])
+        lines += checks(trials, name)
     remove_stale(run_dir / "figures", FIGURES, written)
     body += [cost_table(run.cells), config_table(run.config, "Configuration of the run")]
     write_text(run_dir / "report.html", document(title, body, javascript()))

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from recsim_gr.agents import ASFT, BC, RewardWeightedBC
+from recsim_gr.agents import AGENTS, ASFT, BC, RewardWeightedBC
 from recsim_gr.benchmarks import Offline
 from recsim_gr.benchmarks.experiment import build_world
+from recsim_gr.benchmarks.first_principles import learns_from_rewards
 from recsim_gr.benchmarks.laboratory import Laboratory
 from recsim_gr.benchmarks.offline import OfflineConfig, Selection, Trial, selection_users
 from recsim_gr.benchmarks.offline_choices import DEFAULT, JUDGE, NDCG, RULES, SNIPS, TRUTH
@@ -193,6 +194,8 @@ def test_the_page_and_its_pictures(finished: Path) -> None:
         assert f'<figure id="{name}">' in html
         assert {f"{name}.svg", f"{name}.png"} <= {path.name for path in (finished / "figures").iterdir()}
     assert "nothing here is tested" in lines[0]
+    assert any(line.startswith("holds: Oracle is first in true value") for line in lines)
+    assert not [line for line in lines if line.startswith("FAILS")]
     assert "default-src 'none'" in html
     assert "ASFT beta=0.125" in html  # what each fit cost
 
@@ -289,3 +292,17 @@ def test_sweeping_is_an_option_of_this_suite_alone(tmp_path: Path, capsys: pytes
     assert "noise-0-seed-0" in capsys.readouterr().out
     assert main(["run", "landscape", *options]) == 2
     assert "--sweep" in capsys.readouterr().err
+
+
+def test_who_knows_the_world_is_no_competitor_at_dial_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Knowing(ASFT):
+        name = "Knowing"
+        informed = True
+
+    monkeypatch.setitem(AGENTS, "Knowing", Knowing)
+    assert [learns_from_rewards(name) for name in ("ASFT", "Knowing", "ScoreOracle", "BC")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
