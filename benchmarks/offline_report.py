@@ -63,12 +63,9 @@ DEVIATION = "judge_return_sd"
 # ---------------------------------------------------------------------------------------------------------- table 2
 
 
-def percent(mean: float, half: float) -> str:
-    """A percentage with its sign and half width, to a tenth."""
-    if not np.isfinite(mean):
-        return "–"
-    shown = f"{mean:+z.1f}" + (f" ± {half:.1f}" if np.isfinite(half) else "")
-    return shown.replace("-", "−")
+def percent(value: float) -> str:
+    """A percentage with its sign, to a tenth."""
+    return f"{value:+z.1f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
 def table2(trials: Trials, rule: str) -> str:
@@ -108,7 +105,7 @@ def _table2_head() -> str:
     for seen, title in STUDY.items():
         heads.append(f"<th>{title}</th>")
         if seen == "judge_return":
-            heads.append("<th>deviation<small>users; seeds</small></th>")
+            heads.append("<th>deviation<small>of it, in %</small></th>")
         heads += [f"<th><i>{TWIN_HEADINGS[twin]}</i></th>" for twin in TWINS[seen]]
     return f"<tr><th>% over {REFERENCE}</th>{''.join(heads)}<th><i>true top-10 value</i></th></tr>"
 
@@ -118,11 +115,11 @@ def _percent_cell(found: Percentage, level: int, truth: bool) -> str:
     if not np.isfinite(mean):
         return "<td>–</td>"
     sure = np.isfinite(p) and p <= SIGNIFICANT
-    shown = percent(mean, half)
-    told = f"<small>{p_value(p)}</small>" if np.isfinite(p) else ""
-    weight = f"<b>{shown}</b>" if sure else shown
+    shown = f"<b>{percent(mean)}</b>" if sure else percent(mean)
+    spread = f"<small>± {half:.1f}</small>" if np.isfinite(half) else ""
+    tip = f' title="{p_value(p)}"' if np.isfinite(p) else ""
     mark = ' class="best"' if sure and mean > 0 else ""
-    return f"<td{mark}>{f'<i>{weight}</i>' if truth else weight}{told}</td>"
+    return f"<td{mark}{tip}>{f'<i>{shown}</i>' if truth else shown}{spread}</td>"
 
 
 def _deviation_cell(trials: Trials, agent: str, rule: str, level: int) -> str:
@@ -131,7 +128,7 @@ def _deviation_cell(trials: Trials, agent: str, rule: str, level: int) -> str:
     users = t_interval(100.0 * trials.of(agent, rule, DEVIATION)[level] / returns)[0]
     known = returns[np.isfinite(returns)]
     seeds = 100.0 * known.std(ddof=1) / known.mean() if len(known) > 1 else np.nan
-    return f"<td>{number(float(users), 1)} %; {number(float(seeds), 1)} %</td>"
+    return f"<td>{number(float(users), 1)}<small>{number(float(seeds), 1)}</small></td>"
 
 
 def agent_cell(trials: Trials, agent: str) -> str:
@@ -281,18 +278,18 @@ def _seconds_a_step(costs: Mapping[str, float]) -> float:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-HOW = f"""The study reports its algorithms as percentages over {REFERENCE} on users whose mean observed score is above
-the median: how high the title that they really took next is ranked (NDCG@10, HR@10, MRR), in a later epoch, and what a
+HOW = f"""The study reports its algorithms as percentages over {REFERENCE} on users whose mean observed score is above the
+median: how high the title that they really took next is ranked (NDCG@10, HR@10, MRR), in a later epoch, and what a
 reward model trained on other users gives three discounted steps. In italics beside each, what no study of a log can
 know: the same metrics on users whose <i>satisfaction</i> is above the median; the expected score and the satisfaction
-of the same three steps in the true world; and the satisfaction of the ten titles ranked first, this project's headline.
-Percentages are of values on a scale from 1 to 5, as the study has them, and are paired: the same world, users and
-batches. ± is half of a 95 % Student-t interval over seeds; p is two-sided, corrected by Holm over the competitors of a
-noise level, but over neither levels nor columns; bold where it is at most 5 %. Grey agents know what no log holds, or
-are not trained: references, no competitors."""
+of the same three steps in the true world; and the satisfaction of the ten titles ranked first, this project's
+headline. Percentages are of values on a scale from 1 to 5, as the study has them, and are paired: the same world,
+users and batches. ± is half of a 95 % Student-t interval over seeds; p is two-sided, corrected by Holm over the
+competitors of a noise level, but over neither levels nor columns: bold where it is at most 5 %, and told where the
+pointer rests. Grey agents know what no log holds, or are not trained: references, no competitors."""
 
-DEVIATION_NOTE = """Deviation: of the judge's score in percent of it, over the users of a world (the mean over worlds),
-and of its mean over the seeds."""
+DEVIATION_NOTE = """Deviation: of the judge's score in percent of it, over the users of a world (mean over worlds), and
+below it over the seeds, of a world's mean."""
 
 PROMISE_NOTE = f"""Across: the judge's gain over {REFERENCE}. Up: the true gain over the same steps. On the diagonal of
 the first row the judge keeps its promise; below it, it promises what the titles do not score. Below the dashed line of

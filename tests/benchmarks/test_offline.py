@@ -300,9 +300,5 @@ def test_who_knows_the_world_is_no_competitor_at_dial_one(monkeypatch: pytest.Mo
         informed = True
 
     monkeypatch.setitem(AGENTS, "Knowing", Knowing)
-    assert [learns_from_rewards(name) for name in ("ASFT", "Knowing", "ScoreOracle", "BC")] == [
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert learns_from_rewards("ASFT")
+    assert not any(map(learns_from_rewards, ("Knowing", "ScoreOracle", "BC")))
