@@ -278,9 +278,9 @@ def _seconds_a_step(costs: Mapping[str, float]) -> float:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-HOW = f"""The study reports its algorithms as percentages over {REFERENCE} on users whose mean observed score is above the
-median: how high the title that they really took next is ranked (NDCG@10, HR@10, MRR), in a later epoch, and what a
-reward model trained on other users gives three discounted steps. In italics beside each, what no study of a log can
+HOW = f"""The study reports its algorithms as percentages over {REFERENCE} on users whose mean observed score is above
+the median: how high the title that they really took next is ranked (NDCG@10, HR@10, MRR), in a later epoch, and what
+a reward model trained on other users gives three discounted steps. In italics beside each, what no study of a log can
 know: the same metrics on users whose <i>satisfaction</i> is above the median; the expected score and the satisfaction
 of the same three steps in the true world; and the satisfaction of the ten titles ranked first, this project's
 headline. Percentages are of values on a scale from 1 to 5, as the study has them, and are paired: the same world,
