@@ -61,34 +61,39 @@ def promise(trials: Trials, rule: str, subtitle: str, name: str) -> Figure | Non
         return None
     agents = [agent for agent in styles_of(tuple(judged)) if any(row["agent"] == agent for row in drawn)]
     across = _domain([row["x"] for row in drawn])
-    panels = [
-        _panel(trials, rows[metric], agents, level, _axis("x", "judge's gain", across), up, identity=across)
-        for metric, title in PROMISE.items()
-        for up in [_axis("y", title, _domain([row["y"] for row in rows[metric]]))]
-        for level in _levels(trials)
-    ]
-    # the last panel of the first row has the legend beside it
-    owner = min(len(_levels(trials)), COLUMNS) - 1
-    charts = [panel(legend=k == owner) for k, panel in enumerate(panels)]
-    chart = alt.concat(*charts, columns=min(len(_levels(trials)), COLUMNS), spacing=22)
-    chart = chart.resolve_legend(color="independent", shape="independent")
+    x = _axis("x", "judge's gain", across)
+    blocks: list[Any] = []
+    owner = min(len(_levels(trials)), COLUMNS) - 1  # the last panel of the first row has the legend beside it
+    for metric, title in PROMISE.items():
+        high = _domain([row["y"] for row in rows[metric]])
+        diagonal = max(across[0], high[0]), min(across[1], high[1])  # as far as both axes go
+        y = _axis("y", title, high)
+        panels = [
+            _panel(trials, rows[metric], agents, level, x, y, diagonal, legend=not blocks and k == owner)
+            for k, level in enumerate(_levels(trials))
+        ]
+        block = alt.concat(*panels, columns=COLUMNS, spacing=22)
+        blocks.append(block.resolve_legend(color="independent", shape="independent"))
+    chart = alt.vconcat(*blocks, spacing=26).resolve_legend(color="independent", shape="independent")
     title = f"What the judge says agents gain over {REFERENCE}, and what they truly gain, over three steps"
     return Figure(name, title, finished(Drawing(chart, {}), title, subtitle))
 
 
 def _panel(
-    trials: Trials, rows: Sequence[Row], agents: Sequence[str], level: int, x: alt.X, y: alt.Y, identity: Any
+    trials: Trials,
+    rows: Sequence[Row],
+    agents: Sequence[str],
+    level: int,
+    x: alt.X,
+    y: alt.Y,
+    diagonal: tuple[float, float],
+    legend: bool,
 ) -> Any:
-    """A function of whether the panel has the legend."""
     here = [row for row in rows if row["noise"] == trials.noise[level]]
     zeros = alt.Chart(alt.Data(values=[{"zero": 0.0}])).mark_rule(color="#ccc", strokeDash=[3, 3])
-
-    def drawn(legend: bool) -> Any:
-        panel = scatter(here, agents, x, y, "", identity, legend)
-        rules = zeros.encode(x=alt.X("zero:Q", title=x["title"])), zeros.encode(y=alt.Y("zero:Q", title=y["title"]))
-        return alt.layer(*rules, panel).properties(title=level_name(trials, level))
-
-    return drawn
+    rules = zeros.encode(x=alt.X("zero:Q", title=x["title"])), zeros.encode(y=alt.Y("zero:Q", title=y["title"]))
+    points = scatter(here, agents, x, y, "", diagonal, legend)
+    return alt.layer(*rules, points).properties(title=level_name(trials, level))
 
 
 def _points(trials: Trials, across: Mapping[str, FloatArray], up: Mapping[str, FloatArray]) -> list[Row]:

@@ -217,7 +217,21 @@ def test_gains_are_over_the_reference_at_its_default() -> None:
     np.testing.assert_allclose(gains(trials, DEFAULT, "judge_return")["PPO"], [[0.5, 0.6]])
     drawn = promise(trials, DEFAULT, "", "promise")
     assert drawn is not None
-    assert len(drawn.spec["concat"]) == 2
+    drawn_points = [row for row in _rows_in(drawn.spec) if row.get("agent") == "PPO"]
+    assert [(row["x"], row["y"]) for row in drawn_points] == [
+        (pytest.approx(0.55), pytest.approx(0.1)),
+        (pytest.approx(0.55), pytest.approx(-0.1)),
+    ]
+
+
+def _rows_in(spec: Any) -> list[dict[str, Any]]:
+    """Of all data sets of a specification, in order."""
+    if isinstance(spec, list):
+        return [row for part in spec for row in _rows_in(part)]
+    if not isinstance(spec, dict):
+        return []
+    own = spec.get("data", {}).get("values", [])
+    return [*own, *(row for key, part in spec.items() if key != "data" for row in _rows_in(part))]
 
 
 def test_percentages_by_hand_with_holm_over_competitors() -> None:
