@@ -239,7 +239,7 @@ STEPS_WORTH = 1.5
 EVALUATION_SECONDS = 3.0
 """Scoring of a trial on test and validation users: likewise."""
 
-TRIALS_START = 0.3
+TRIALS_START = 0.4
 """The share of a cell's time that is over before the first trial, for the progress bar only."""
 
 SHARED = "r̂ on the log"
