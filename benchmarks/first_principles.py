@@ -98,4 +98,5 @@ def only_noise(results: Results) -> list[str]:
 
 def learns_from_rewards(name: str) -> bool:
     """Whether a registered agent is a competitor that uses scores."""
-    return AGENTS[name].uses_rewards and not AGENTS[name].referee
+    kind = AGENTS[name]
+    return kind.uses_rewards and not (kind.referee or kind.informed)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -76,6 +77,11 @@ class Laboratory:
         reference = agent_type("Pretrained")().fit(self.logs.train, self.backbone)
         self.examination = Examination(self.world, self.contexts, self.judge, reference, seed, config.rollout_contexts)
 
+    @cached_property
+    def plain_logs(self) -> Logs:
+        """The logs without propensities, the same objects for all agents: what is worked out once a log is shared."""
+        return self.logs.without_propensities()
+
     def fit_judge(self) -> RewardEnsemble | None:
         """The reward model of other users."""
         config, seed = self.config, self.seed + 500_000  # other initial weights than the agents' own
@@ -85,21 +91,25 @@ class Laboratory:
 
     def examine(self, agent: Agent) -> tuple[dict[str, float], dict[str, float]]:
         """Fits an agent and scores it: its figures and its costs."""
-        logs = self.logs if agent.needs_propensities else self.logs.without_propensities()
+        costs = self.fit(agent)
+        return self.examination.evaluate(agent).metrics, costs
+
+    def fit(self, agent: Agent) -> dict[str, float]:
+        """Fits an agent: its costs."""
+        logs = self.logs if agent.needs_propensities else self.plain_logs
         if isinstance(agent, InformedAgent):
             agent.meet(self.world)
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         agent.fit(logs.train, self.backbone, self.rewards, logs.validation, seed=self.seed)
-        seconds = time.perf_counter() - start
-        figures = self.examination.evaluate(agent).metrics
-        costs = {
-            "fit_seconds": seconds,
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        return {
+            "fit_seconds": wall,
+            "fit_processor_seconds": processor,
             "preparation_seconds": agent.record.preparation_seconds,
             "gradient_steps": agent.record.gradient_steps,
             "best_step": agent.record.best_step,
             "samples": agent.record.samples,
         }
-        return figures, costs
 
     @torch.no_grad()
     def world_figures(self) -> dict[str, float]:

@@ -24,8 +24,9 @@ SCHEMA = pa.schema(
 )
 """Columns of the table; rows of the world itself have an empty ``agent``, and ``reliability`` is within user."""
 
-
-FLOATS = [field.name for field in SCHEMA if field.type == pa.float64()]
+TRIAL_SCHEMA = pa.schema([*SCHEMA, ("option", pa.string()), ("strength", pa.float64()), ("choice", pa.string())])
+"""Columns of suites that fit an agent several times: the option that sets the trials apart, its value there (NaN for
+an agent that has none), and which rules choose the trial."""
 
 
 def write_results(rows: list[dict[str, Any]], path: Path) -> None:
@@ -34,19 +35,29 @@ def write_results(rows: list[dict[str, Any]], path: Path) -> None:
     Raises:
         RunDirectoryError: it cannot be written.
     """
-    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
-    for name in FLOATS:
+    schema = schema_of(rows[0])
+    columns = {name: [row[name] for row in rows] for name in schema.names}
+    for name in floats(schema):
         columns[name] = [float("nan") if value is None else float(value) for value in columns[name]]
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), temporary, compression="zstd")
+
+
+def schema_of(row: dict[str, Any]) -> pa.Schema:
+    """Which of the two tables a row belongs to; all rows of a run belong to one."""
+    return TRIAL_SCHEMA if "option" in row else SCHEMA
+
+
+def floats(schema: pa.Schema) -> list[str]:
+    """Names of its columns of floats."""
+    return [field.name for field in schema if field.type == pa.float64()]
 
 
 def is_row(row: Any) -> bool:
     """Whether JSON values are a row of the table: its columns and no others, of the right kinds."""
-    if not isinstance(row, dict) or set(row) != set(SCHEMA.names):
+    if not isinstance(row, dict) or set(row) != set(schema_of(row).names):
         return False
-    texts = all(isinstance(row[f.name], str) for f in SCHEMA if f.type == pa.string())
-    numbers = all(
-        row[f.name] is None or isinstance(row[f.name], (int, float)) for f in SCHEMA if f.type == pa.float64()
-    )
+    schema = schema_of(row)
+    texts = all(isinstance(row[f.name], str) for f in schema if f.type == pa.string())
+    numbers = all(row[name] is None or isinstance(row[name], (int, float)) for name in floats(schema))
     return texts and numbers and isinstance(row["seed"], int)

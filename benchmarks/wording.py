@@ -17,6 +17,7 @@ VALUES = {
 }
 JUDGE = {
     "judge_return": "judge",
+    "judge_return_sd": "± users",
     "score_return": "expected score",
     "value_return": "satisfaction",
     "overoptimisation": "overoptimisation",

@@ -64,6 +64,9 @@ class Run:
     """Training users of each reward model of suite reward_model, ascending."""
     test_contexts: int | None = None
     """Test users."""
+    sweep: bool | None = None
+    """Whether suite offline fits every agent at five strengths and chooses one by each rule; a preset of that name
+    does."""
     jobs: tuple[str, ...] | None = None
     """Which jobs suite throughput does; all by default."""
     compile: bool | None = None

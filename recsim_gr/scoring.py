@@ -1,5 +1,6 @@
 """Scoring a policy against the truth: exact over actions, for given contexts (design §8)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -99,6 +100,7 @@ METRICS = {
     "hr10_own": "hit rate @10, weighted likewise",
     "mrr_own": "mean reciprocal rank, weighted likewise",
     "judge_return": "judge's mean score over three discounted steps, its own scores appended",
+    "judge_return_sd": "standard deviation of judge_return over users",
     "score_return": "expected score over three discounted steps of the true world; 1 once a title was abandoned",
     "value_return": "true satisfaction over the same three steps as score_return, likewise",
     "overoptimisation": "judge_return − score_return",
@@ -289,10 +291,11 @@ class Examination:
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def _returns(self, policy: Any, first: Answer) -> dict[str, float]:
-        judged = self._judged_return(policy, first)
+        judged, spread = self._judged_return(policy, first)
         score, value = self._true_return(policy, first)
         return {
             "judge_return": judged,
+            "judge_return_sd": spread,
             "score_return": score,
             "value_return": value,
             "overoptimisation": judged - score,
@@ -317,7 +320,8 @@ class Examination:
         acceptance = self.world.acceptance(self.contexts.users[: self.rollouts])
         return None if (acceptance == 1.0).all() else acceptance
 
-    def _judged_return(self, policy: Any, first: Answer) -> float:
+    def _judged_return(self, policy: Any, first: Answer) -> tuple[float, float]:
+        """Its mean and its standard deviation over users."""
         assert self.judge is not None
         observations = self.contexts.observations[slice(0, self.rollouts)]
         log_probs = first.log_probs[: self.rollouts]
@@ -326,11 +330,13 @@ class Examination:
             titles = sample_titles(log_probs, self._rollout_uniforms[:, step, 0])
             judgement = self._first_judgement if step == 0 else self.judge.mean(observations)
             scores = np.take_along_axis(judgement, titles[:, None], axis=1)[:, 0]
-            rewards.append(float(scores.mean()))
+            rewards.append(scores)
             if step + 1 < self.rollout_steps:
                 observations = observations.append(titles, scores, ROLLOUT_GAP_HOURS)
                 log_probs = self._rollout_log_probs(policy, observations)
-        return discounted_mean(rewards)
+        by_user = discounted_mean(rewards)
+        spread = float(by_user.std(ddof=1)) if len(by_user) > 1 else float("nan")
+        return float(discounted_mean([step.mean() for step in rewards])), spread
 
     def _true_return(self, policy: Any, first: Answer) -> tuple[float, float]:
         observations = self.contexts.observations[slice(0, self.rollouts)]
@@ -353,7 +359,7 @@ class Examination:
                 got = self.world.sample_scores(users, titles, u[:, 1:]).score.astype(np.float32)
                 observations = observations.append(titles, got, ROLLOUT_GAP_HOURS)
                 log_probs = self._rollout_log_probs(policy, observations)
-        return discounted_mean(scores), discounted_mean(values)
+        return float(discounted_mean(scores)), float(discounted_mean(values))
 
     def _rollout_log_probs(self, policy: Any, observations: Observations) -> FloatArray:
         return log_probs_of(policy, observations, self.world, self.contexts.users[: self.rollouts])
@@ -377,10 +383,10 @@ def sample_titles(log_probs: FloatArray, u: FloatArray) -> NDArray[np.int64]:
     return reached.argmax(axis=1)
 
 
-def discounted_mean(rewards: list[float]) -> float:
-    """Σ γ^h r_h / Σ γ^h, so that returns stay on the scale of a score."""
+def discounted_mean(rewards: Sequence[Any]) -> Any:
+    """Σ γ^h r_h / Σ γ^h of numbers or of arrays, so that returns stay on the scale of a score."""
     weights = DISCOUNT ** np.arange(len(rewards))
-    return float(weights @ rewards / weights.sum())
+    return weights @ np.asarray(rewards, dtype=np.float64) / weights.sum()
 
 
 def _above_median(values: FloatArray) -> FloatArray:

@@ -260,6 +260,8 @@ def test_returns_by_hand(world: Table, contexts: Contexts) -> None:
     assert got["value_return"] == pytest.approx(((2 + 2.7 + 0.81 * 5) + (4 + 2.7 + 0.81 * 1)) / 2 / norm)
     assert got["score_return"] == pytest.approx(((2 + 3.6 + 0.81 * 4) + (3 + 2.7 + 0.81 * 2)) / 2 / norm)
     assert got["judge_return"] == pytest.approx(((1 + 1.8 + 0.81 * 3) + (1 + 0.9 + 0.81 * 4)) / 2 / norm)
+    # the two users' are 5.23 and 5.14 over norm; two numbers' standard deviation is their distance over √2
+    assert got["judge_return_sd"] == pytest.approx(0.09 / norm / np.sqrt(2))
     assert got["overoptimisation"] == pytest.approx(got["judge_return"] - got["score_return"])
     assert got["misalignment"] == pytest.approx(got["score_return"] - got["value_return"])
     # the judge's own scores were appended, 0.7 hours apart
@@ -421,7 +423,15 @@ def test_values_are_sums_over_unseen_titles(drawn: tuple[Examination, Says]) -> 
 
 def test_every_figure_is_described_and_every_description_given(world: Table, contexts: Contexts) -> None:
     got = evaluate(world, Says(log(POLICY)), contexts)
-    without = {"kl_ref", "judge_return", "score_return", "value_return", "overoptimisation", "misalignment"}
+    without = {
+        "kl_ref",
+        "judge_return",
+        "judge_return_sd",
+        "score_return",
+        "value_return",
+        "overoptimisation",
+        "misalignment",
+    }
     assert set(got.metrics) == set(METRICS) - without
     reference = Fixed(np.zeros((2, 4)))
     full = evaluate(world, reference, contexts, judge=TableJudge(EXPECTED), reference=reference)
