@@ -161,9 +161,7 @@ class Tables:
 def draw(probabilities: FloatArray, u: FloatArray) -> NDArray[np.int64]:
     """(n, m) titles by inverse CDF: (n, I) probabilities, (n, m) uniforms in (0, 1)."""
     rows = []
-    for cumulative, likeliest, marks in zip(
-        probabilities.cumsum(axis=1), probabilities.argmax(axis=1), u, strict=True
-    ):
+    for cumulative, likeliest, marks in zip(probabilities.cumsum(axis=1), probabilities.argmax(axis=1), u, strict=True):
         place = np.searchsorted(cumulative, marks * cumulative[-1], side="right")
         rows.append(np.where(place < len(cumulative), place, likeliest))  # a mark that was rounded up to the end
     return np.stack(rows).astype(np.int64)

@@ -1,0 +1,310 @@
+"""Pictures of suite ``noise_bounds``: truth over the temperature as small multiples, and the bound."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+
+from recsim_gr.benchmarks.charts import STYLES, Drawing, Figure, Row, finished
+from recsim_gr.benchmarks.noise_bounds_results import (
+    ENDLESS,
+    ONE_SCORE,
+    Grid,
+    Way,
+    best_of,
+    log_name,
+    trained_ways,
+    ways,
+)
+from recsim_gr.benchmarks.statistics import FloatArray, t_interval
+
+FIGURES = ("truth", "log_size", "trained", "bound")
+"""Every file there can be."""
+
+PAGE_WIDTH = 900
+ENDLESS_WAY = Way(ENDLESS, "Exp-RSFT, endless log", judged="", learner="")
+LOG_COLOURS = ("#b5a000", "#1f9e89", "#440154")
+"""From the shortest log to the longest: viridis cut before its yellow."""
+
+
+class Line(NamedTuple):
+    """A way to be drawn."""
+
+    way: Way
+    label: str
+    colour: str
+    dash: tuple[int, ...] = ()
+    shape: str = "circle"
+
+
+def truth_figure(grid: Grid, subtitle: str, name: str = "truth") -> Figure | None:
+    """Tabular contexts: a row a catalogue, a column a σ."""
+    middle = _middle(grid.config["events"])
+    lines = [Line(ENDLESS_WAY, "endless log", "#8a8a8a", (6, 3), "triangle-up")]
+    lines.append(Line(Way(ONE_SCORE, ONE_SCORE), "one score a title (the theorem's case)", "#000000", (), "square"))
+    for agent, label in (("ExpRSFT", "Exp-RSFT"), ("ASFT", "A-SFT")):
+        if log_name(agent, middle) in grid.results.agents:
+            style = STYLES[agent]
+            way = Way(log_name(agent, middle), label)
+            lines.append(Line(way, f"{label}, log of {middle:,} events", style.colour, style.dash, style.shape))
+    title = "Truth over the temperature, in tabular contexts"
+    panels = [[(titles, level, lines, _name_of(grid, titles, level)) for level in range(len(grid.sigmas))]
+              for titles in grid.catalogues]  # fmt: skip
+    return _multiples(grid, panels, name, title, subtitle, "true value above V(μ)")
+
+
+def size_figure(grid: Grid, subtitle: str, name: str = "log_size") -> Figure | None:
+    """Tabular contexts of the middle catalogue: a row an agent, a column a σ, a colour a log size."""
+    titles = _middle(grid.catalogues)
+    rows = []
+    for agent, label in (("ExpRSFT", "Exp-RSFT"), ("ASFT", "A-SFT")):
+        lines = [Line(ENDLESS_WAY, "endless", "#8a8a8a", (6, 3), "triangle-up")]
+        events = [n for n in grid.config["events"] if log_name(agent, n) in grid.results.agents]
+        for k, n in enumerate(events):
+            colour = LOG_COLOURS[k * (len(LOG_COLOURS) - 1) // max(len(events) - 1, 1)]
+            lines.append(Line(Way(log_name(agent, n), label), f"{n:,} events", colour))
+        if events:
+            rows.append([(titles, level, lines, f"{label}, σ = {sigma:g}") for level, sigma in enumerate(grid.sigmas)])
+    title = f"Truth over the temperature by the size of each context's log, {titles:,} titles"
+    return _multiples(grid, rows, name, title, subtitle, "true value above V(μ)")
+
+
+def trained_figure(grid: Grid, subtitle: str, name: str = "trained") -> Figure | None:
+    """Trained agents: a row a catalogue and measure, a column a σ, whiskers over seeds."""
+    rows = []
+    found = trained_ways(grid)
+    for kind, said in (("trained_value", "as sampled"), ("trained_top10", "top 10")):
+        of_kind = [way for way in found if way.value == kind]
+        lines = []
+        for way in of_kind:
+            style = STYLES.get(way.agent, STYLES["ASFT"])
+            lines.append(Line(way, way.label.split(",")[0], style.colour, style.dash, style.shape))
+        for titles in grid.catalogues:
+            levels = [
+                level
+                for level in range(len(grid.sigmas))
+                if any(grid.curve(way, way.value, titles, level).size for way in of_kind)
+            ]
+            if levels:
+                rows.append([(titles, k, lines, f"{_name_of(grid, titles, k)}, {said}") for k in levels])
+    title = "Truth over the temperature, of the trained agents"
+    return _multiples(grid, rows, name, title, subtitle, "true value above BC")
+
+
+def _middle(values: Sequence[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
+def _name_of(grid: Grid, titles: int, level: int) -> str:
+    return f"{titles:,} titles, σ = {grid.sigmas[level]:g}"
+
+
+Panel = tuple[int, int, list[Line], str]
+
+
+def _multiples(
+    grid: Grid, panels: Sequence[Sequence[Panel]], name: str, title: str, subtitle: str, y_title: str
+) -> Figure | None:
+    """Small multiples, a row of panels after the other; panels of one column share their vertical axis."""
+    rows: list[Row] = []
+    placed: list[list[list[Row]]] = []
+    for across in panels:
+        placed.append([list(_points(grid, panel, f"{len(placed)}.{k}")) for k, panel in enumerate(across)])
+        rows += [row for panel in placed[-1] for row in panel]
+    if not rows:
+        return None
+    columns = max(len(across) for across in placed)
+    domains = [_domain([row for across in placed for row in across[k : k + 1] for row in row]) for k in range(columns)]
+    legend = {line.label: line for across in panels for _, _, lines, _ in across for line in lines}
+    size = (PAGE_WIDTH // columns - 55, 150)
+    drawn = []
+    for j, across in enumerate(panels):
+        row = [
+            _panel(
+                f"{j}.{k}",
+                panel,
+                grid,
+                domains[k],
+                legend,
+                y_title if k == 0 else None,
+                j == len(panels) - 1,
+                size,
+            )
+            for k, panel in enumerate(across)
+        ]
+        drawn.append(alt.hconcat(*row, spacing=14))
+    chart = alt.vconcat(*drawn, spacing=12).resolve_scale(color="shared", shape="shared")
+    return Figure(name, title, finished(Drawing(chart, {"points": rows}), title, subtitle))
+
+
+def _points(grid: Grid, panel: Panel, key: str) -> Iterator[Row]:
+    """A row a temperature and line: the mean over seeds of the paired difference to λ = ∞."""
+    titles, level, lines, _ = panel
+    for line in lines:
+        values = grid.curve(line.way, line.way.value, titles, level)
+        base = grid.imitation(line.way, titles, level)
+        if not values.size or len(base) != values.shape[1]:
+            continue
+        mean, half, _ = t_interval(values - base)
+        best = best_of(values)
+        for k, temperature in enumerate(grid.temperatures(line.way, titles)):
+            known = bool(np.isfinite(half[k]))
+            yield {
+                "panel": key,
+                "line": line.label,
+                "temperature": temperature,
+                "mean": float(mean[k]),
+                "low": float(mean[k] - half[k]) if known else None,
+                "high": float(mean[k] + half[k]) if known else None,
+                "best": k == best,
+            }
+
+
+def _domain(rows: Sequence[Row]) -> list[float]:
+    """Of the vertical axis: all means and 0, and whiskers as far as a third of that range."""
+    means = [0.0, *(row["mean"] for row in rows)]
+    reach = max(max(means) - min(means), 0.02) / 3
+    ends = [end for row in rows for end in (row["low"], row["high"]) if end is not None]
+    low, high = max(min([*means, *ends]), min(means) - reach), min(max([*means, *ends]), max(means) + reach)
+    return [low - 0.06 * (high - low), high + 0.06 * (high - low)]
+
+
+def _panel(
+    key: str,
+    panel: Panel,
+    grid: Grid,
+    domain: list[float],
+    legend: Mapping[str, Line],
+    y_title: str | None,
+    bottom: bool,
+    size: tuple[int, int],
+) -> Any:
+    titles, level, lines, name = panel
+    tried = sorted({t for line in lines for t in grid.temperatures(line.way, titles)})
+    base = alt.Chart(alt.NamedData(name="points")).transform_filter(f"datum.panel === '{key}'")
+    labelled = [t for k, t in enumerate(tried) if len(tried) <= 6 or k % 2 == 0]
+    x = alt.X(
+        "temperature:Q",
+        title="λ (β of A-SFT)" if bottom else None,
+        scale=alt.Scale(type="log", domain=[tried[0] / 1.4, tried[-1] * 1.4], nice=False),
+        axis=alt.Axis(values=labelled, format="~g", grid=False, labelOverlap=True),
+    )
+    y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=4))
+    domains = list(legend)
+    key_of = alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=320, symbolOpacity=1)
+    colour = alt.Color(
+        "line:N", legend=key_of, scale=alt.Scale(domain=domains, range=[line.colour for line in legend.values()])
+    )
+    shape = alt.Shape(
+        "line:N", legend=key_of, scale=alt.Scale(domain=domains, range=[line.shape for line in legend.values()])
+    )
+    dash: Any = alt.StrokeDashValue(
+        [1, 0],
+        condition=[
+            {"test": f"datum.line === '{_quoted(label)}'", "value": list(line.dash)}
+            for label, line in legend.items()
+            if line.dash
+        ],
+    )
+    tooltip = ["line:N", alt.Tooltip("temperature:Q", title="λ", format="~g"),
+               *(alt.Tooltip(f"{f}:Q", format="+.3f") for f in ("mean", "low", "high"))]  # fmt: skip
+    base = base.encode(x=x, color=colour, tooltip=tooltip)
+    zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
+    sigma = alt.Chart(alt.Data(values=[{"x": grid.sigmas[level]}])).transform_filter("datum.x > 0")
+    layers = [
+        zero,
+        sigma.mark_rule(color="#bbb", strokeDash=[2, 3], clip=True).encode(x=alt.X("x:Q")),
+        base.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=1, opacity=0.5, clip=True)
+        .encode(y=alt.Y("low:Q", title=y_title), y2="high:Q"),
+        base.mark_line(strokeWidth=1.7, clip=True).encode(y=y, strokeDash=dash),
+        base.mark_point(size=22, filled=True, clip=True, opacity=1).encode(y=y, shape=shape),
+        base.transform_filter("datum.best")
+        .mark_point(size=130, strokeWidth=1.6, filled=False, clip=True, opacity=1, shape="circle")
+        .encode(y=y),
+    ]
+    return alt.layer(*layers).properties(width=size[0], height=size[1], title=name)
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("'", "\\'")
+
+
+# ------------------------------------------------------------------------------------------------------------ bound
+
+
+def bound_figure(grid: Grid, subtitle: str, name: str = "bound") -> Figure:
+    """A panel a catalogue, over σ: what is promised at worst, and what came at worst."""
+    rows: list[Row] = []
+    for titles in grid.catalogues:
+        for level, sigma in enumerate(grid.sigmas):
+            at = {"panel": f"{titles:,} titles", "sigma": sigma}
+            for label, values in _bound_values(grid, titles, level).items():
+                if len(values) and sigma > 0:
+                    mean = float(values.mean())
+                    rows.append({**at, "line": label, "mean": mean, "shown": max(mean, DEEPEST)})
+    lines = list(dict.fromkeys(row["line"] for row in rows))
+    look = {line: BOUND_LOOK.get(line, ("#1f9e89", ())) for line in lines}
+    panels = []
+    for k, titles in enumerate(grid.catalogues):
+        base = alt.Chart(alt.NamedData(name="bound")).transform_filter(f"datum.panel === '{titles:,} titles'")
+        y_title = "V(π) − V(μ), in points" if k == 0 else None
+        base = base.encode(
+            x=alt.X(
+                "sigma:Q",
+                title="σ, deviation of the noise",
+                scale=alt.Scale(type="log", nice=False, domain=[min(grid.sigmas) / 1.2 or 0.1, max(grid.sigmas) * 1.2]),
+                axis=alt.Axis(values=list(grid.sigmas), format="~g", grid=False),
+            ),
+            y=alt.Y("shown:Q", title=y_title, scale=alt.Scale(domain=[DEEPEST, 1.7], nice=False)),
+            color=alt.Color(
+                "line:N",
+                scale=alt.Scale(domain=lines, range=[look[line][0] for line in lines]),
+                legend=alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=420),
+            ),
+            tooltip=["line:N", alt.Tooltip("sigma:Q", title="σ"), alt.Tooltip("mean:Q", format="+.3f")],
+        )
+        dash: Any = alt.StrokeDashValue(
+            [1, 0],
+            condition=[
+                {"test": f"datum.line === '{_quoted(line)}'", "value": list(look[line][1])}
+                for line in lines
+                if look[line][1]
+            ],
+        )
+        zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
+        layers = [zero, base.mark_line(strokeWidth=1.8, clip=True).encode(strokeDash=dash)]
+        layers.append(base.transform_filter(f"datum.mean > {DEEPEST}").mark_point(size=34, filled=True, opacity=1))
+        panels.append(alt.layer(*layers).properties(width=PAGE_WIDTH // len(grid.catalogues) - 55, height=250,
+                                                    title=f"{titles:,} titles"))  # fmt: skip
+    title = "The bound against what came"
+    chart = alt.hconcat(*panels, spacing=16).resolve_scale(color="shared")
+    return Figure(name, title, finished(Drawing(chart, {"bound": rows}), title, subtitle))
+
+
+DEEPEST = -4.6
+"""Points: the vertical axis ends a little below the range of satisfaction."""
+
+PROMISED, FLOOR = "promised: not below −2σ·sqrt(2 ln(2|A|/δ))", "the worst title in place of μ: no policy is below"
+BOUND_LOOK: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    PROMISED: ("#d55e00", (6, 3)),
+    FLOOR: ("#8a8a8a", (2, 3)),
+    "came at worst (quantile δ of contexts, over all λ)": ("#000000", ()),
+    "came on average, at the best λ": ("#0072b2", ()),
+}
+WORST, MEAN = "came at worst (quantile δ of contexts, over all λ)", "came on average, at the best λ"
+
+
+def _bound_values(grid: Grid, titles: int, level: int) -> dict[str, FloatArray]:
+    """Line to (S,) values, in the theorem's case."""
+    way = next(way for way in ways(grid) if way.agent == ONE_SCORE)
+    mu = grid.of_world("value_mu", titles, level)
+    values = grid.curve(way, way.value, titles, level)
+    best = values[best_of(values)] - mu if values.size else np.empty(0)
+    return {
+        PROMISED: -grid.of_world("promised_loss", titles, level),
+        FLOOR: grid.of_world("value_least", titles, level) - mu,
+        WORST: grid.of_way(way, "lowest", titles, level),
+        MEAN: best,
+    }
