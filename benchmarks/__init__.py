@@ -6,8 +6,9 @@ if __name__ != "recsim_gr.benchmarks":
 from recsim_gr.benchmarks.convergence import Convergence
 from recsim_gr.benchmarks.headroom import Headroom
 from recsim_gr.benchmarks.landscape import Landscape
+from recsim_gr.benchmarks.noise_bounds import NoiseBounds
 from recsim_gr.benchmarks.reward_model import RewardModel
 from recsim_gr.benchmarks.suite import SUITES, Suite
 from recsim_gr.benchmarks.throughput import Throughput
 
-__all__ = ["SUITES", "Convergence", "Headroom", "Landscape", "RewardModel", "Suite", "Throughput"]
+__all__ = ["SUITES", "Convergence", "Headroom", "Landscape", "NoiseBounds", "RewardModel", "Suite", "Throughput"]

@@ -7,6 +7,7 @@ import altair as alt
 import numpy as np
 
 from recsim_gr.benchmarks.charts import STYLES, Drawing, Figure, Row, finished
+from recsim_gr.benchmarks.noise_bounds_measures import promised_loss
 from recsim_gr.benchmarks.noise_bounds_results import (
     ENDLESS,
     ONE_SCORE,
@@ -17,7 +18,7 @@ from recsim_gr.benchmarks.noise_bounds_results import (
     trained_ways,
     ways,
 )
-from recsim_gr.benchmarks.statistics import FloatArray, t_interval
+from recsim_gr.benchmarks.statistics import t_interval
 
 FIGURES = ("truth", "log_size", "trained", "bound")
 """Every file there can be."""
@@ -236,16 +237,9 @@ def _quoted(text: str) -> str:
 
 def bound_figure(grid: Grid, subtitle: str, name: str = "bound") -> Figure:
     """A panel a catalogue, over σ: what is promised at worst, and what came at worst."""
-    rows: list[Row] = []
-    for titles in grid.catalogues:
-        for level, sigma in enumerate(grid.sigmas):
-            at = {"panel": f"{titles:,} titles", "sigma": sigma}
-            for label, values in _bound_values(grid, titles, level).items():
-                if len(values) and sigma > 0:
-                    mean = float(values.mean())
-                    rows.append({**at, "line": label, "mean": mean, "shown": max(mean, DEEPEST)})
+    rows = [row for titles in grid.catalogues for row in _bound_rows(grid, titles)]
     lines = list(dict.fromkeys(row["line"] for row in rows))
-    look = {line: BOUND_LOOK.get(line, ("#1f9e89", ())) for line in lines}
+    look = BOUND_LOOK
     panels = []
     for k, titles in enumerate(grid.catalogues):
         base = alt.Chart(alt.NamedData(name="bound")).transform_filter(f"datum.panel === '{titles:,} titles'")
@@ -257,7 +251,7 @@ def bound_figure(grid: Grid, subtitle: str, name: str = "bound") -> Figure:
                 scale=alt.Scale(type="log", nice=False, domain=[min(grid.sigmas) / 1.2 or 0.1, max(grid.sigmas) * 1.2]),
                 axis=alt.Axis(values=list(grid.sigmas), format="~g", grid=False),
             ),
-            y=alt.Y("shown:Q", title=y_title, scale=alt.Scale(domain=[DEEPEST, 1.7], nice=False)),
+            y=alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=[DEEPEST, 1.7], nice=False)),
             color=alt.Color(
                 "line:N",
                 scale=alt.Scale(domain=lines, range=[look[line][0] for line in lines]),
@@ -275,7 +269,7 @@ def bound_figure(grid: Grid, subtitle: str, name: str = "bound") -> Figure:
         )
         zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
         layers = [zero, base.mark_line(strokeWidth=1.8, clip=True).encode(strokeDash=dash)]
-        layers.append(base.transform_filter(f"datum.mean > {DEEPEST}").mark_point(size=34, filled=True, opacity=1))
+        layers.append(base.transform_filter("datum.measured").mark_point(size=34, filled=True, opacity=1, clip=True))
         panels.append(alt.layer(*layers).properties(width=PAGE_WIDTH // len(grid.catalogues) - 55, height=250,
                                                     title=f"{titles:,} titles"))  # fmt: skip
     title = "The bound against what came"
@@ -287,24 +281,32 @@ DEEPEST = -4.6
 """Points: the vertical axis ends a little below the range of satisfaction."""
 
 PROMISED, FLOOR = "promised: not below −2σ·sqrt(2 ln(2|A|/δ))", "the worst title in place of μ: no policy is below"
+WORST, MEAN = "came at worst (quantile δ of contexts, over all λ)", "came on average, at the best λ"
 BOUND_LOOK: Mapping[str, tuple[str, tuple[int, ...]]] = {
     PROMISED: ("#d55e00", (6, 3)),
     FLOOR: ("#8a8a8a", (2, 3)),
-    "came at worst (quantile δ of contexts, over all λ)": ("#000000", ()),
-    "came on average, at the best λ": ("#0072b2", ()),
+    WORST: ("#000000", ()),
+    MEAN: ("#0072b2", ()),
 }
-WORST, MEAN = "came at worst (quantile δ of contexts, over all λ)", "came on average, at the best λ"
 
 
-def _bound_values(grid: Grid, titles: int, level: int) -> dict[str, FloatArray]:
-    """Line to (S,) values, in the theorem's case."""
-    way = next(way for way in ways(grid) if way.agent == ONE_SCORE)
-    mu = grid.of_world("value_mu", titles, level)
-    values = grid.curve(way, way.value, titles, level)
-    best = values[best_of(values)] - mu if values.size else np.empty(0)
-    return {
-        PROMISED: -grid.of_world("promised_loss", titles, level),
-        FLOOR: grid.of_world("value_least", titles, level) - mu,
-        WORST: grid.of_way(way, "lowest", titles, level),
-        MEAN: best,
-    }
+def _bound_rows(grid: Grid, titles: int) -> Iterator[Row]:
+    """Of the theorem's case: the promise as a curve, and means over seeds of what came."""
+    noisy = [sigma for sigma in grid.sigmas if sigma > 0]
+    at = {"panel": f"{titles:,} titles"}
+    for sigma in np.geomspace(min(noisy, default=1.0), max(noisy, default=1.0), 60).tolist():
+        promise = -promised_loss(sigma, titles, grid.delta)
+        yield {**at, "sigma": sigma, "line": PROMISED, "mean": promise, "measured": False}
+    way = ways(grid)[0]
+    for level, sigma in enumerate(grid.sigmas):
+        values = grid.curve(way, way.value, titles, level)
+        mu = grid.of_world("value_mu", titles, level)
+        if sigma == 0 or not values.size:
+            continue
+        came = {
+            FLOOR: grid.of_world("value_least", titles, level) - mu,
+            WORST: grid.of_way(way, "lowest", titles, level),
+            MEAN: values[best_of(values)] - mu,
+        }
+        for line, samples in came.items():
+            yield {**at, "sigma": sigma, "line": line, "mean": float(samples.mean()), "measured": line != FLOOR}

@@ -195,7 +195,8 @@ def bound_table(grid: Grid) -> str:
     """A row a catalogue and σ: what is promised, what there is to lose, and what came."""
     head = (
         "<tr><th>titles, σ</th><th>2σ√(2 ln(2|A|/δ))</th><th>against the range of 4</th>"
-        "<th>V(μ) less the worst title</th><th>says something</th><th>came at worst<small>quantile δ, over all λ</small></th>"
+        "<th>V(μ) less the worst title</th><th>says something</th>"
+        "<th>came at worst<small>quantile δ, over all λ</small></th>"
         "<th>broken in<small>of contexts</small></th><th>best λ<small>gain</small></th>"
         "<th>worse off than with μ<small>of contexts, at the best λ</small></th></tr>"
     )
@@ -293,7 +294,7 @@ def _subtitle(grid: Grid) -> str:
         "gaussian noise",
         f"{n} seed{'s' if n > 1 else ''}" + (f", of trained agents {trained}" if trained else ""),
         f"{config['tabular_contexts']} tabular contexts a world",
-        "whiskers 95 % Student-t",
+        "means over seeds",
     ]
     return " · ".join(facts)
 

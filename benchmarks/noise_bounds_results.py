@@ -84,12 +84,13 @@ class Grid:
         return tuple(sorted(float(match[1]) for match in found if match))
 
     def curve(self, way: Way, metric: str, titles: int, level: int) -> FloatArray:
-        """(K, S): a metric by temperature in the worlds of a noise level; seeds without a value are left out."""
-        names = [f"{metric}@{t:g}@{titles}" for t in self.temperatures(way, titles)]
-        values = np.array([self.results.of(way.agent, name)[level] for name in names]).reshape(len(names), -1)
-        there = np.isfinite(np.array([self.results.of(way.agent, n.replace(metric, way.value, 1))[level]
-                                      for n in names]).reshape(values.shape)).all(axis=0)  # fmt: skip
-        return values[:, there]
+        """(K, S): a metric by temperature, of the seeds of a noise level that have the truth at every temperature."""
+        temperatures, shape = self.temperatures(way, titles), (-1, len(self.results.seeds))
+        truth, found = (
+            np.array([self.results.of(way.agent, f"{name}@{t:g}@{titles}")[level] for t in temperatures]).reshape(shape)
+            for name in (way.value, metric)
+        )
+        return found[:, np.isfinite(truth).all(axis=0) & (len(truth) > 0)]
 
     def of_world(self, metric: str, titles: int, level: int) -> FloatArray:
         """(S,): a figure of the world itself, of the seeds that have it."""
@@ -131,12 +132,12 @@ def ways(grid: Grid) -> list[Way]:
 def trained_ways(grid: Grid) -> list[Way]:
     """Trained agents, by what their policies are worth as sampled and by their ten first titles."""
     kinds = {"trained_value": "as sampled", "trained_top10": "top 10"}
-    return [
+    found = [
         Way(agent, f"{NAMES.get(agent, agent)}, trained, {said}", kind, "trained_judged", "", agent)
         for kind, said in kinds.items()
         for agent in grid.config["agents"]
-        if agent in grid.results.agents
     ]
+    return [way for way in found if any(grid.temperatures(way, titles) for titles in grid.catalogues)]
 
 
 # ------------------------------------------------------------------------------------------------------------ shape
