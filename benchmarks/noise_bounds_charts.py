@@ -29,6 +29,10 @@ LOG_COLOURS = ("#b5a000", "#1f9e89", "#440154")
 """From the shortest log to the longest: viridis cut before its yellow."""
 
 
+WITHOUT_ZERO = "slice(datum.label, 0, 2) === '0.' ? slice(datum.label, 1) : datum.label"
+"""Labels of an axis: .25, not 0.25, where panels are narrow."""
+
+
 class Line(NamedTuple):
     """A way to be drawn."""
 
@@ -189,7 +193,7 @@ def _panel(
         "temperature:Q",
         title="λ (β of A-SFT)" if bottom else None,
         scale=alt.Scale(type="log", domain=[tried[0] / 1.4, tried[-1] * 1.4], nice=False),
-        axis=alt.Axis(values=labelled, format="~g", grid=False, labelOverlap=True),
+        axis=alt.Axis(values=labelled, format="~g", grid=False, labelOverlap=True, labelExpr=WITHOUT_ZERO),
     )
     y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=4))
     domains = list(legend)

@@ -44,7 +44,7 @@ SLACK = 1e-6
 
 def summary(grid: Grid) -> list[str]:
     """The reading of the tables, then what must hold."""
-    return [*_bound_lines(grid), *_shape_lines(grid), *_advice_lines(grid), *checks(grid)]
+    return [*_bound_lines(grid), *_trained_lines(grid), *_shape_lines(grid), *_advice_lines(grid), *checks(grid)]
 
 
 def _bound_lines(grid: Grid) -> Iterator[str]:
@@ -67,15 +67,28 @@ def _room(grid: Grid, titles: int) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
+def _trained_lines(grid: Grid) -> Iterator[str]:
+    """The bound is of a policy made of μ itself, which no trained agent has: set beside them all the same."""
+    for way in (way for way in trained_ways(grid) if way.value == "trained_value"):
+        said = []
+        for titles, level, values in _worlds(grid, way):
+            mu = grid.of_world("trained_value_mu", titles, level)
+            promised = float(grid.of_world("trained_promised_loss", titles, level).mean())
+            least = signed(float((values - mu[: values.shape[1]]).min()))
+            said.append(f"{titles:,} titles σ {grid.sigmas[level]:g}: {least} (promised {number(-promised, 2)})")
+        if said:
+            yield f"{way.label}, V(π) − V(μ) at the worst λ and seed: " + ", ".join(said)
+
+
 def _shape_lines(grid: Grid) -> Iterator[str]:
     for way in [*ways(grid), *trained_ways(grid)]:
         said: dict[str, list[str]] = {shape: [] for shape in SHAPES}
         for titles, level, values in _worlds(grid, way):
             best = grid.temperatures(way, titles)[best_of(values)]
-            said[shape_of(values)].append(f"{titles:,} titles σ {grid.sigmas[level]:g} (best λ {best:g})")
+            said[shape_of(values)].append(f"{titles:,} × σ {grid.sigmas[level]:g} → {best:g}")
         parts = [f"{shape}: {', '.join(where)}" for shape, where in said.items() if where]
         if parts:
-            yield f"{way.label}: " + "; ".join(parts)
+            yield f"{way.label}, titles × σ → best λ: " + "; ".join(parts)
 
 
 def _advice_lines(grid: Grid) -> Iterator[str]:
@@ -191,6 +204,27 @@ def _factor(doublings: float) -> str:
     return f"{'×' if doublings > 0 else '÷'} {2.0 ** abs(doublings):.2g}"
 
 
+def stopping_table(grid: Grid) -> str:
+    """After how many of its steps the kept state of a trained agent stood, by temperature: 0 is the pretrained one."""
+    found = [way for way in trained_ways(grid) if way.value == "trained_value"]
+    tried = sorted({t for way in found for titles in grid.catalogues for t in grid.temperatures(way, titles)})
+    body = []
+    for way in found:
+        rows = []
+        for titles, level, _ in _worlds(grid, way):
+            steps = dict(
+                zip(grid.temperatures(way, titles), grid.curve(way, "trained_best_step", titles, level), strict=True)
+            )
+            cells = "".join(
+                f"<td>{', '.join(f'{k:.0f}' for k in steps[t]) if t in steps else NONE}</td>" for t in tried
+            )
+            rows.append(f"<tr><th>{titles:,}, σ = {grid.sigmas[level]:g}</th>{cells}</tr>")
+        heading = f'<tr class="level"><th colspan="{1 + len(tried)}">{escape(way.label.split(",")[0])}</th></tr>'
+        body.append(f"<tbody>{heading}{''.join(rows)}</tbody>")
+    heads = "".join(f"<th>λ = {t:g}</th>" for t in tried)
+    return table(f"<tr><th>titles, σ</th>{heads}</tr>", "".join(body)) if body else ""
+
+
 def bound_table(grid: Grid) -> str:
     """A row a catalogue and σ: what is promised, what there is to lose, and what came."""
     head = (
@@ -257,6 +291,11 @@ ADVICE_NOTE = """The best λ is that of the mean over seeds. In a rule's cell: t
 of seeds, geometric), how many times the best that is, and the value lost or gained against the best."""
 
 
+STOPPING_NOTE = """Every agent keeps the state of the lowest loss on validation users, its own weighted loss. 0: no step
+lowered it, so that what is scored is the pretrained policy: where weights are all noise this rule, and not λ, is what
+protects an agent."""
+
+
 def write_noise_bounds(run_dir: Path) -> tuple[Path, list[str]]:
     """Writes ``report.html`` and ``figures/``; the page, and lines worth printing.
 
@@ -282,6 +321,11 @@ def write_noise_bounds(run_dir: Path) -> tuple[Path, list[str]]:
     ]
     write_text(run_dir / "report.html", page(run.config, grid, elements, lines, failed))
     return run_dir / "report.html", lines
+
+
+def _noted(note: str, content: str) -> str:
+    """A table under its note; nothing where there is no table."""
+    return f"<p class='note'>{note}</p>{content}" if content else ""
 
 
 def _subtitle(grid: Grid) -> str:
@@ -330,6 +374,7 @@ def page(
         "<h2>Truth over λ: trained agents</h2>" if "trained" in elements else "",
         elements.get("trained", ""),
         advice_table(grid, trained_ways(grid)),
+        folded("Which step's state early stopping kept, seed by seed", _noted(STOPPING_NOTE, stopping_table(grid))),
         f"<h2>In words</h2><ul>{listed}</ul>",
         folded("Shapes", "".join(f"<p class='note'><b>{k}</b>: {escape(v)}</p>" for k, v in SHAPES.items())),
         config_table(config, "Configuration of the run"),

@@ -23,7 +23,7 @@ from recsim_gr.benchmarks.noise_bounds_measures import (
     promised_loss,
     tilted,
 )
-from recsim_gr.benchmarks.noise_bounds_report import _factor, bound_table, checks, summary
+from recsim_gr.benchmarks.noise_bounds_report import _factor, bound_table, checks, stopping_table, summary
 from recsim_gr.benchmarks.noise_bounds_results import (
     ENDLESS,
     ONE_SCORE,
@@ -309,6 +309,10 @@ def by_hand(**changes: Any) -> Grid:
     values[ONE_SCORE, "violated@200"], values[ONE_SCORE, "lowest@200"] = np.array([[0.0, 0.04]]), -np.ones((1, 2))
     for name, here in (("value_mu", [3.0, 3.2]), ("value_least", [1.0, 1.2]), ("promised_loss", [33.9, 33.9])):
         values[WORLD, f"{name}@200"] = np.array([here])
+    values[WORLD, "trained_value_mu@200"] = np.array([[3.5, np.nan]])
+    values[WORLD, "trained_promised_loss@200"] = np.array([[33.9, np.nan]])
+    for t, step in ((0.25, 0.0), (1.0, 64.0), (4.0, 256.0)):
+        values["ASFT", f"trained_best_step@{t:g}@200"] = np.array([[step, np.nan]])
     values["BC", "trained_value@200"] = np.array([[3.0, np.nan]])
     values |= {key: np.array([table]) for key, table in changes.get("values", {}).items()}
     agents = tuple(dict.fromkeys(agent for agent, _ in values if agent))
@@ -340,11 +344,14 @@ def test_the_reading_says_best_shape_and_loss() -> None:
     assert lines[0].startswith(
         "200 titles: the bound says something below σ = 0.47 against the range of 4, and below 0.24"
     )
-    assert f"{ONE_SCORE}: inverted U: 200 titles σ 4 (best λ 1)" in lines
-    assert "A-SFT, trained, as sampled: ?: 200 titles σ 4 (best λ 1)" in lines
+    assert f"{ONE_SCORE}, titles × σ → best λ: inverted U: 200 × σ 4 → 1" in lines
+    assert "A-SFT, trained, as sampled, titles × σ → best λ: ?: 200 × σ 4 → 1" in lines
+    told = "A-SFT, trained, as sampled, V(π) − V(μ) at the worst λ and seed: 200 titles σ 4: −0.500 (promised −33.90)"
+    assert told in lines
     lost = next(line for line in lines if line.startswith(f"{ONE_SCORE}, value lost"))
     assert "the agent's default 0.400 (largest 0.400), λ = σ 0.300" in lost
     assert [line.split(":")[0] for line in lines[-3:]] == ["holds"] * 3
+    assert "<td>0</td><td>64</td><td>256</td>" in stopping_table(by_hand())
     table = bound_table(by_hand())
     assert "<td>33.90</td><td>above</td><td>2.00</td><td>no</td>" in table
     assert "<td>2.0%</td>" in table
@@ -370,11 +377,12 @@ def test_a_table_of_another_suite_is_refused() -> None:
         Grid.of(Results(np.array([0.0]), np.array([0.9]), (0,), ("BC",), {("BC", "nll"): np.zeros((1, 1))}), CONFIG)
 
 
-def test_a_small_run_from_end_to_end_that_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_small_run_from_end_to_end(tmp_path: Path) -> None:
     suite = NoiseBounds(replace(SMOKE, noise_levels=(1.0,), catalogues=(60,), tabular_contexts=12))
     outcome = run(suite, tmp_path / "run", 1, Console(file=StringIO()))
     assert not outcome.failures
-    assert sorted(outcome.finished) == [f"{k}-titles-60-noise-1-seed-{s}" for k, s in (("tabular", 0), ("tabular", 1), ("trained", 0))]  # fmt: skip # noqa: E501
+    kinds = ("tabular", 0), ("tabular", 1), ("trained", 0)
+    assert outcome.finished == [f"{level}-titles-60-noise-1-seed-{seed}" for level, seed in kinds]
     assert [line.split(":")[0] for line in outcome.lines[-3:]] == ["holds"] * 3
     page = (tmp_path / "run" / "report.html").read_text()
     for name in ("truth", "log_size", "trained", "bound"):
@@ -386,9 +394,3 @@ def test_a_small_run_from_end_to_end_that_goes_on_where_it_stopped(tmp_path: Pat
     grid = Grid.of(results, read_run(tmp_path / "run").config)
     trained = Way("ExpRSFT", "", "trained_value", "trained_judged")
     assert grid.curve(trained, trained.value, 60, 0).shape == (2, 1)
-    before = (tmp_path / "run" / "results.parquet").read_bytes()
-    (tmp_path / "run" / "cells" / "tabular-titles-60-noise-1-seed-1.json").unlink()
-    told = StringIO()
-    run(suite, tmp_path / "run", 1, Console(file=told))
-    assert "2 of 3 cells are finished already" in told.getvalue()
-    assert (tmp_path / "run" / "results.parquet").read_bytes() == before
