@@ -125,6 +125,13 @@ class NoiseBounds(Suite):
     name = "noise_bounds"
     presets: ClassVar[dict[str, Any]] = {
         "quick": NoiseBoundsConfig(),
+        "full": NoiseBoundsConfig(
+            preset="full",
+            trained_seeds=10,
+            trained_noise_levels=NoiseBoundsConfig.noise_levels,
+            trained_catalogues=NoiseBoundsConfig.catalogues,
+            trained_temperatures=NoiseBoundsConfig.temperatures,
+        ),
         "smoke": NoiseBoundsConfig(
             preset="smoke",
             noise_levels=(0.0625, 1.0),

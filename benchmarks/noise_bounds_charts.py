@@ -112,32 +112,26 @@ def _multiples(
     grid: Grid, panels: Sequence[Sequence[Panel]], name: str, title: str, subtitle: str, y_title: str
 ) -> Figure | None:
     """Small multiples, a row of panels after the other; panels of one column share their vertical axis."""
-    rows: list[Row] = []
-    placed: list[list[list[Row]]] = []
-    for across in panels:
-        placed.append([list(_points(grid, panel, f"{len(placed)}.{k}")) for k, panel in enumerate(across)])
-        rows += [row for panel in placed[-1] for row in panel]
+    placed = [
+        [list(_points(grid, panel, f"{j}.{k}")) for k, panel in enumerate(across)] for j, across in enumerate(panels)
+    ]
+    rows = [row for across in placed for points in across for row in points]
     if not rows:
         return None
     columns = max(len(across) for across in placed)
-    domains = [_domain([row for across in placed for row in across[k : k + 1] for row in row]) for k in range(columns)]
+    domains = [_domain([row for across in placed for points in across[k : k + 1] for row in points])
+               for k in range(columns)]  # fmt: skip
     legend = {line.label: line for across in panels for _, _, lines, _ in across for line in lines}
-    size = (PAGE_WIDTH // columns - 55, 150)
+    size = {"width": PAGE_WIDTH // columns - 55, "height": 150}
     drawn = []
     for j, across in enumerate(panels):
-        row = [
-            _panel(
-                f"{j}.{k}",
-                panel,
-                grid,
-                domains[k],
-                legend,
-                y_title if k == 0 else None,
-                j == len(panels) - 1,
-                size,
-            )
-            for k, panel in enumerate(across)
-        ]
+        bottom, row = j == len(panels) - 1, []
+        for k, panel in enumerate(across):
+            y = alt.Y("mean:Q", title=y_title if k == 0 else None, axis=alt.Axis(tickCount=4),
+                      scale=alt.Scale(domain=domains[k], nice=False))  # fmt: skip
+            points = alt.Chart(alt.NamedData(name="points")).transform_filter(f"datum.panel === '{j}.{k}'")
+            x = _temperature_axis(grid, panel, bottom)
+            row.append(_panel(points, x, y, legend, grid.sigmas[panel[1]]).properties(title=panel[3], **size))
         drawn.append(alt.hconcat(*row, spacing=14))
     chart = alt.vconcat(*drawn, spacing=12).resolve_scale(color="shared", shape="shared")
     return Figure(name, title, finished(Drawing(chart, {"points": rows}), title, subtitle))
@@ -175,61 +169,58 @@ def _domain(rows: Sequence[Row]) -> list[float]:
     return [low - 0.06 * (high - low), high + 0.06 * (high - low)]
 
 
-def _panel(
-    key: str,
-    panel: Panel,
-    grid: Grid,
-    domain: list[float],
-    legend: Mapping[str, Line],
-    y_title: str | None,
-    bottom: bool,
-    size: tuple[int, int],
-) -> Any:
-    titles, level, lines, name = panel
+def _temperature_axis(grid: Grid, panel: Panel, bottom: bool) -> alt.X:
+    titles, _, lines, _ = panel
     tried = sorted({t for line in lines for t in grid.temperatures(line.way, titles)})
-    base = alt.Chart(alt.NamedData(name="points")).transform_filter(f"datum.panel === '{key}'")
     labelled = [t for k, t in enumerate(tried) if len(tried) <= 6 or k % 2 == 0]
-    x = alt.X(
+    return alt.X(
         "temperature:Q",
         title="λ (β of A-SFT)" if bottom else None,
         scale=alt.Scale(type="log", domain=[tried[0] / 1.4, tried[-1] * 1.4], nice=False),
         axis=alt.Axis(values=labelled, format="~g", grid=False, labelOverlap=True, labelExpr=WITHOUT_ZERO),
     )
-    y = alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=domain, nice=False), axis=alt.Axis(tickCount=4))
-    domains = list(legend)
-    key_of = alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=320, symbolOpacity=1)
-    colour = alt.Color(
-        "line:N", legend=key_of, scale=alt.Scale(domain=domains, range=[line.colour for line in legend.values()])
+
+
+def _panel(points: Any, x: alt.X, y: alt.Y, legend: Mapping[str, Line], sigma: float) -> Any:
+    """Lines with whiskers, the best of each ringed, and a dotted line at λ = σ."""
+    look = list(legend.values())
+    keys = alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=320, symbolOpacity=1)
+    colour, shape = (
+        kind("line:N", legend=keys, scale=alt.Scale(domain=list(legend), range=values))
+        for kind, values in ((alt.Color, [line.colour for line in look]), (alt.Shape, [line.shape for line in look]))
     )
-    shape = alt.Shape(
-        "line:N", legend=key_of, scale=alt.Scale(domain=domains, range=[line.shape for line in legend.values()])
+    tooltip: list[Any] = ["line:N", alt.Tooltip("temperature:Q", title="λ", format="~g")]
+    tooltip += [alt.Tooltip(f"{name}:Q", format="+.3f") for name in ("mean", "low", "high")]
+    base = points.encode(x=x, color=colour, tooltip=tooltip)
+    whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1, opacity=0.5, clip=True)
+    ringed = base.transform_filter("datum.best").mark_point(
+        size=130, strokeWidth=1.6, filled=False, clip=True, opacity=1, shape="circle"
     )
-    dash: Any = alt.StrokeDashValue(
-        [1, 0],
-        condition=[
-            {"test": f"datum.line === '{_quoted(label)}'", "value": list(line.dash)}
-            for label, line in legend.items()
-            if line.dash
-        ],
-    )
-    tooltip = ["line:N", alt.Tooltip("temperature:Q", title="λ", format="~g"),
-               *(alt.Tooltip(f"{f}:Q", format="+.3f") for f in ("mean", "low", "high"))]  # fmt: skip
-    base = base.encode(x=x, color=colour, tooltip=tooltip)
-    zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
-    sigma = alt.Chart(alt.Data(values=[{"x": grid.sigmas[level]}])).transform_filter("datum.x > 0")
-    layers = [
-        zero,
-        sigma.mark_rule(color="#bbb", strokeDash=[2, 3], clip=True).encode(x=alt.X("x:Q")),
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=1, opacity=0.5, clip=True)
-        .encode(y=alt.Y("low:Q", title=y_title), y2="high:Q"),
+    dash = _dashes({label: line.dash for label, line in legend.items()})
+    at_sigma = alt.Chart(alt.Data(values=[{"x": sigma}] if sigma > 0 else []))
+    return alt.layer(
+        _zero(y),
+        at_sigma.mark_rule(color="#bbb", strokeDash=[2, 3], clip=True).encode(x=alt.X("x:Q")),
+        whiskers.encode(y=alt.Y("low:Q", title=y["title"]), y2="high:Q"),
         base.mark_line(strokeWidth=1.7, clip=True).encode(y=y, strokeDash=dash),
         base.mark_point(size=22, filled=True, clip=True, opacity=1).encode(y=y, shape=shape),
-        base.transform_filter("datum.best")
-        .mark_point(size=130, strokeWidth=1.6, filled=False, clip=True, opacity=1, shape="circle")
-        .encode(y=y),
-    ]
-    return alt.layer(*layers).properties(width=size[0], height=size[1], title=name)
+        ringed.encode(y=y),
+    )
+
+
+def _zero(y: alt.Y) -> Any:
+    zero = alt.Chart(alt.Data(values=[{"y": 0.0}]))
+    return zero.mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y["title"]))
+
+
+def _dashes(dashes: Mapping[str, Sequence[int]]) -> Any:
+    """By conditions, since a field would enter the legend."""
+    return alt.StrokeDashValue(
+        [1, 0],
+        condition=[
+            {"test": f"datum.line === '{_quoted(line)}'", "value": list(dash)} for line, dash in dashes.items() if dash
+        ],
+    )
 
 
 def _quoted(text: str) -> str:
@@ -242,43 +233,39 @@ def _quoted(text: str) -> str:
 def bound_figure(grid: Grid, subtitle: str, name: str = "bound") -> Figure:
     """A panel a catalogue, over σ: what is promised at worst, and what came at worst."""
     rows = [row for titles in grid.catalogues for row in _bound_rows(grid, titles)]
-    lines = list(dict.fromkeys(row["line"] for row in rows))
-    look = BOUND_LOOK
+    x = alt.X(
+        "sigma:Q",
+        title="σ, deviation of the noise",
+        scale=alt.Scale(type="log", nice=False, domain=[min(_noisy(grid)) / 1.2, max(_noisy(grid)) * 1.2]),
+        axis=alt.Axis(values=_noisy(grid), format="~g", grid=False),
+    )
+    colour = alt.Color(
+        "line:N",
+        scale=alt.Scale(domain=list(BOUND_LOOK), range=[colour for colour, _ in BOUND_LOOK.values()]),
+        legend=alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=420),
+    )
+    tooltip: list[Any] = ["line:N", alt.Tooltip("sigma:Q", title="σ"), alt.Tooltip("mean:Q", format="+.3f")]
+    dash = _dashes({line: dash for line, (_, dash) in BOUND_LOOK.items()})
     panels = []
     for k, titles in enumerate(grid.catalogues):
-        base = alt.Chart(alt.NamedData(name="bound")).transform_filter(f"datum.panel === '{titles:,} titles'")
-        y_title = "V(π) − V(μ), in points" if k == 0 else None
-        base = base.encode(
-            x=alt.X(
-                "sigma:Q",
-                title="σ, deviation of the noise",
-                scale=alt.Scale(type="log", nice=False, domain=[min(grid.sigmas) / 1.2 or 0.1, max(grid.sigmas) * 1.2]),
-                axis=alt.Axis(values=list(grid.sigmas), format="~g", grid=False),
-            ),
-            y=alt.Y("mean:Q", title=y_title, scale=alt.Scale(domain=[DEEPEST, 1.7], nice=False)),
-            color=alt.Color(
-                "line:N",
-                scale=alt.Scale(domain=lines, range=[look[line][0] for line in lines]),
-                legend=alt.Legend(title=None, orient="top", direction="vertical", columns=2, labelLimit=420),
-            ),
-            tooltip=["line:N", alt.Tooltip("sigma:Q", title="σ"), alt.Tooltip("mean:Q", format="+.3f")],
+        y = alt.Y("mean:Q", title="V(π) − V(μ), in points" if k == 0 else None,
+                  scale=alt.Scale(domain=[DEEPEST, 1.7], nice=False))  # fmt: skip
+        base = alt.Chart(alt.NamedData(name="bound")).transform_filter(f"datum.titles === {titles}")
+        base = base.encode(x=x, y=y, color=colour, tooltip=tooltip)
+        lines = base.mark_line(strokeWidth=1.8, clip=True).encode(strokeDash=dash)
+        points = base.transform_filter("datum.measured").mark_point(size=34, filled=True, opacity=1, clip=True)
+        panel = alt.layer(_zero(y), lines, points)
+        panels.append(
+            panel.properties(width=PAGE_WIDTH // len(grid.catalogues) - 55, height=250, title=f"{titles:,} titles")
         )
-        dash: Any = alt.StrokeDashValue(
-            [1, 0],
-            condition=[
-                {"test": f"datum.line === '{_quoted(line)}'", "value": list(look[line][1])}
-                for line in lines
-                if look[line][1]
-            ],
-        )
-        zero = alt.Chart(alt.Data(values=[{"y": 0.0}])).mark_rule(color="#999").encode(y=alt.Y("y:Q", title=y_title))
-        layers = [zero, base.mark_line(strokeWidth=1.8, clip=True).encode(strokeDash=dash)]
-        layers.append(base.transform_filter("datum.measured").mark_point(size=34, filled=True, opacity=1, clip=True))
-        panels.append(alt.layer(*layers).properties(width=PAGE_WIDTH // len(grid.catalogues) - 55, height=250,
-                                                    title=f"{titles:,} titles"))  # fmt: skip
     title = "The bound against what came"
     chart = alt.hconcat(*panels, spacing=16).resolve_scale(color="shared")
     return Figure(name, title, finished(Drawing(chart, {"bound": rows}), title, subtitle))
+
+
+def _noisy(grid: Grid) -> list[float]:
+    """The σ that stand on a logarithmic axis; 1 where there are none."""
+    return [sigma for sigma in grid.sigmas if sigma > 0] or [1.0]
 
 
 DEEPEST = -4.6
@@ -296,9 +283,8 @@ BOUND_LOOK: Mapping[str, tuple[str, tuple[int, ...]]] = {
 
 def _bound_rows(grid: Grid, titles: int) -> Iterator[Row]:
     """Of the theorem's case: the promise as a curve, and means over seeds of what came."""
-    noisy = [sigma for sigma in grid.sigmas if sigma > 0]
-    at = {"panel": f"{titles:,} titles"}
-    for sigma in np.geomspace(min(noisy, default=1.0), max(noisy, default=1.0), 60).tolist():
+    at = {"titles": titles}
+    for sigma in np.geomspace(min(_noisy(grid)), max(_noisy(grid)), 60).tolist():
         promise = -promised_loss(sigma, titles, grid.delta)
         yield {**at, "sigma": sigma, "line": PROMISED, "mean": promise, "measured": False}
     way = ways(grid)[0]

@@ -79,7 +79,8 @@ class ContextLog:
         """(n, I): sums of (n, m) values of events by title."""
         n, size = len(self.titles), self.n_titles
         place = (self.titles + size * np.arange(n)[:, None]).ravel()
-        return np.bincount(place, weights=values.ravel(), minlength=n * size).reshape(n, size)
+        sums: FloatArray = np.bincount(place, weights=values.ravel(), minlength=n * size).astype(np.float64)
+        return sums.reshape(n, size)
 
     def shares(self) -> FloatArray:
         """(n, I): μ̂, the share of each title."""
