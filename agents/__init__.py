@@ -20,6 +20,7 @@ from recsim_gr.agents.baselines import Pretrained, Popularity, Random
 from recsim_gr.agents.bc import BC
 from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
+from recsim_gr.agents.exp_rsft import ExpRSFT
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
@@ -35,6 +36,7 @@ __all__ = [
     "RSDPO",
     "Agent",
     "BackboneAgent",
+    "ExpRSFT",
     "InformedAgent",
     "Oracle",
     "Popularity",

@@ -6,9 +6,20 @@ if __name__ != "recsim_gr.benchmarks":
 from recsim_gr.benchmarks.convergence import Convergence
 from recsim_gr.benchmarks.headroom import Headroom
 from recsim_gr.benchmarks.landscape import Landscape
+from recsim_gr.benchmarks.noise_bounds import NoiseBounds
 from recsim_gr.benchmarks.offline import Offline
 from recsim_gr.benchmarks.reward_model import RewardModel
 from recsim_gr.benchmarks.suite import SUITES, Suite
 from recsim_gr.benchmarks.throughput import Throughput
 
-__all__ = ["SUITES", "Convergence", "Headroom", "Landscape", "Offline", "RewardModel", "Suite", "Throughput"]
+__all__ = [
+    "SUITES",
+    "Convergence",
+    "Headroom",
+    "Landscape",
+    "NoiseBounds",
+    "Offline",
+    "RewardModel",
+    "Suite",
+    "Throughput",
+]
