@@ -21,6 +21,7 @@ from recsim_gr.agents.bc import BC
 from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.exp_rsft import ExpRSFT
+from recsim_gr.agents.filtered_bc import FilteredBC
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
@@ -37,6 +38,7 @@ __all__ = [
     "Agent",
     "BackboneAgent",
     "ExpRSFT",
+    "FilteredBC",
     "InformedAgent",
     "Oracle",
     "Popularity",
