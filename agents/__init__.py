@@ -25,6 +25,7 @@ from recsim_gr.agents.filtered_bc import FilteredBC
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
+from recsim_gr.agents.rsipo import RSIPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
 
@@ -35,6 +36,7 @@ __all__ = [
     "CQL",
     "PPO",
     "RSDPO",
+    "RSIPO",
     "Agent",
     "BackboneAgent",
     "ExpRSFT",
