@@ -22,6 +22,7 @@ from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.exp_rsft import ExpRSFT
 from recsim_gr.agents.filtered_bc import FilteredBC
+from recsim_gr.agents.conditioned_bc import ConditionedBC
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
@@ -39,6 +40,7 @@ __all__ = [
     "RSIPO",
     "Agent",
     "BackboneAgent",
+    "ConditionedBC",
     "ExpRSFT",
     "FilteredBC",
     "InformedAgent",

@@ -1,8 +1,8 @@
 """Filtered behaviour cloning: imitation of the logged events with the highest observed scores, all others left out.
 
-−1[r ≥ q]·log π(a|x), q the score that a fraction of the log's events reach: the %BC baseline of Decision Transformer
-(arXiv:2106.01345, §5.1), which keeps the best share of trajectories; a trajectory is one event here. Kin: the binary
-weight of CRR (arXiv:2006.15134), whose threshold is a value function.
+−1[r ≥ q]·log π(a|x), q the score that a fraction of a user's events (or of the log's) reach: the %BC baseline of
+Decision Transformer (arXiv:2106.01345), which keeps the best share of trajectories; a trajectory is one event here.
+Kin: the binary weight of CRR (arXiv:2006.15134), whose threshold is a value function.
 
 Optimum in tabular contexts: π = μ·P(r ≥ q|x,a)/Z. It asks how often a title reaches q, and never by how much.
 """
@@ -21,7 +21,7 @@ from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_log_probs
 
-BY = ("score", "user")
+BY = ("user", "score")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class FilteredBCConfig(FineTuningConfig):
     fraction: float = 0.2
     """Of the events that are kept, at least: between the 10 % and the 25 % that Decision Transformer tries first, so
     that five doublings from .05 to .8 cover its range."""
-    by: str = "score"
-    """Top of what: of all events (``score``), as in the paper; or of each ``user``'s own, since some users score
-    everything higher than others do, and no ranking can use that."""
+    by: str = "user"
+    """Top of what: of each ``user``'s own events, since some users score everything higher than others do, and no
+    ranking can use that; or of all events (``score``), the letter of the paper, which keeps most of few users and
+    nothing of many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
 """Rejection-sampled IPO: the pairs of `RSDPO` (arXiv:2402.10038) with identity preference optimisation.
 
-(h − 1/(2τ))² with h the difference of log(π/π_ref) between winner and loser: arXiv:2310.12036, the sampled loss of its
-§5. DPO's margin grows without end where a label is certain, and these labels are: the ensemble says which of two titles
-is better. IPO's stops at 1/(2τ).
+(h − 1/(2τ))² with h the difference of log(π/π_ref) between winner and loser: arXiv:2310.12036, its loss on
+sampled pairs. DPO's margin grows without end where a label is certain, and these labels are: the ensemble says which of
+two titles is better. IPO's stops at 1/(2τ).
 
 Optimum in tabular contexts, the opponent uniform over all titles, itself included (p = ½):
 π = π_ref·exp(E_a'[p(a ≻ a')]/τ)/Z.
