@@ -27,6 +27,7 @@ from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.rsipo import RSIPO
+from recsim_gr.agents.iterative_dpo import IterativeDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
 
@@ -44,6 +45,7 @@ __all__ = [
     "ExpRSFT",
     "FilteredBC",
     "InformedAgent",
+    "IterativeDPO",
     "Oracle",
     "Popularity",
     "Pretrained",
