@@ -21,9 +21,13 @@ from recsim_gr.agents.bc import BC
 from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.exp_rsft import ExpRSFT
+from recsim_gr.agents.filtered_bc import FilteredBC
+from recsim_gr.agents.conditioned_bc import ConditionedBC
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
+from recsim_gr.agents.rsipo import RSIPO
+from recsim_gr.agents.iterative_dpo import IterativeDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
 
@@ -34,10 +38,14 @@ __all__ = [
     "CQL",
     "PPO",
     "RSDPO",
+    "RSIPO",
     "Agent",
     "BackboneAgent",
+    "ConditionedBC",
     "ExpRSFT",
+    "FilteredBC",
     "InformedAgent",
+    "IterativeDPO",
     "Oracle",
     "Popularity",
     "Pretrained",

@@ -6,6 +6,7 @@ A pair is kept where the ensemble's intervals are disjoint: the winner's lower b
 upper bound is above the loser's lower bound.)
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,27 +20,7 @@ from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_logits
 from recsim_gr.randomness import derived_seed
-
-
-@dataclass(frozen=True)
-class RSDPOConfig(FineTuningConfig):
-    """How pairs are made, and how strongly they count."""
-
-    beta: float = 0.1
-    """β of DPO: the paper's default."""
-    candidates: int = 8
-    """Titles drawn from π_ref for each context: RS-DPO's order of magnitude (it draws 16 a prompt). The best and the
-    worst of them by the ensemble's mean make the pair."""
-    interval: float = 1.0
-    """Half-width of an interval, in standard deviations of the ensemble."""
-    literal: bool = False
-    """The study's sentence read literally."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.beta > 0, self, "beta", "positive")
-        require(self.candidates >= 2, self, "candidates", "at least 2")
-        require(self.interval >= 0, self, "interval", "0 or more")
+from recsim_gr.reward_tables import RewardTable
 
 
 def dpo_loss(winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tensor, beta: float) -> Tensor:
@@ -60,23 +41,51 @@ def disjoint(winner: Tensor, loser: Tensor, winner_deviation: Tensor, loser_devi
     return winner - width * winner_deviation > loser + width * loser_deviation
 
 
-@register
-class RSDPO(BackboneAgent):
-    """DPO on pairs that the reward ensemble is sure of."""
+# -- pairs, for whatever learns from them -------------------------------------------------------------------------
 
-    name = "RSDPO"
-    config_type = RSDPOConfig
+
+@torch.no_grad()
+def drawn_pairs(
+    policy: Backbone, histories: HistorySource, table: RewardTable, candidates: int, width: float, seed: int
+) -> dict[str, Tensor]:
+    """For every prefix of a log the best and the worst, by the ensemble's mean, of some titles drawn from a policy.
+
+    Args:
+        policy: draws the titles; what is learned is held to it.
+        histories: the log.
+        table: r̂ on its prefixes.
+        candidates: how many titles are drawn, with replacement.
+        width: of the intervals that must be disjoint, in deviations of the ensemble.
+        seed: of the draws.
+
+    Returns:
+        ``titles`` and ``reference``, winner and loser with the policy's logits, (U, T, 2) each; ``kept``, (U, T) bool.
+    """
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for i, batch in enumerate(histories.chunks()):
+            logits = prefix_logits(policy, batch)
+            titles = _draw(logits, candidates, seed + i)  # (B, T, K)
+            mean, deviation = table.spread(batch.rows, titles)
+            ends = torch.stack([mean.argmax(dim=-1), mean.argmin(dim=-1)], dim=-1)  # (B, T, 2)
+            (m_w, m_l), (d_w, d_l) = mean.gather(-1, ends).unbind(-1), deviation.gather(-1, ends).unbind(-1)
+            kept = disjoint(m_w, m_l, d_w, d_l, width) & (m_w > m_l) & batch.valid
+            pair = titles.gather(-1, ends)
+            yield {"titles": pair, "reference": logits.gather(-1, pair), "kept": kept}
+
+    every = list(parts())
+    return {name: torch.cat([part[name] for part in every]) for name in every[0]}
+
+
+class PairAgent(BackboneAgent):
+    """What learns from pairs of titles that stand in `Problem.extra`, see `drawn_pairs`. A subclass says how."""
+
     uses_rewards = True
     needs_ensemble = True
-    strength = Strength("beta")
 
-    def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
-        problem = super().problem(histories, log, parts)
-        seed = derived_seed(parts.seed, f"candidates on {parts.purpose}")
-        pairs = [self._pairs(batch, problem, seed + i) for i, batch in enumerate(histories.chunks())]
-        for name in pairs[0]:
-            problem.extra[name] = torch.cat([part[name] for part in pairs])
-        return problem
+    def pair_loss(self, winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tensor) -> Tensor:
+        """(N,): the loss of each pair, given logits, (N,) each: what they lack to be log π cancels in a pair."""
+        raise TypeError(f"{self.name} has no loss; an agent that learns from pairs must say what it minimises")
 
     def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         extra = {name: value[batch.rows] for name, value in problem.extra.items()}
@@ -86,21 +95,7 @@ class RSDPO(BackboneAgent):
         if not kept.any():
             return logits.sum() * 0.0
         own, ref = chosen[kept], extra["reference"][kept]
-        return dpo_loss(own[:, 0], own[:, 1], ref[:, 0], ref[:, 1], self.config.beta).mean()
-
-    @torch.no_grad()
-    def _pairs(self, batch: Batch, problem: Problem, seed: int) -> dict[str, Tensor]:
-        """Winner and loser of every prefix: titles and reference logits (B, T, 2), and which are kept (B, T)."""
-        assert problem.table is not None
-        logits = prefix_logits(problem.reference, batch)
-        titles = _draw(logits, self.config.candidates, seed)  # (B, T, K)
-        mean, deviation = problem.table.spread(batch.rows, titles)
-        ends = torch.stack([mean.argmax(dim=-1), mean.argmin(dim=-1)], dim=-1)  # (B, T, 2)
-        (m_w, m_l), (d_w, d_l) = mean.gather(-1, ends).unbind(-1), deviation.gather(-1, ends).unbind(-1)
-        width = -self.config.interval if self.config.literal else self.config.interval
-        kept = disjoint(m_w, m_l, d_w, d_l, width) & (m_w > m_l) & batch.valid
-        pair = titles.gather(-1, ends)
-        return {"titles": pair, "reference": logits.gather(-1, pair), "kept": kept}
+        return self.pair_loss(own[:, 0], own[:, 1], ref[:, 0], ref[:, 1]).mean()
 
 
 def _draw(logits: Tensor, k: int, seed: int) -> Tensor:
@@ -109,3 +104,61 @@ def _draw(logits: Tensor, k: int, seed: int) -> Tensor:
     cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
     u = torch.rand((*logits.shape[:-1], k), generator=rng) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+# -- rejection sampling -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairConfig(FineTuningConfig):
+    """How pairs are made."""
+
+    candidates: int = 8
+    """Titles drawn from π_ref for each context: RS-DPO's order of magnitude (it draws 16 a prompt). The best and the
+    worst of them by the ensemble's mean make the pair."""
+    interval: float = 1.0
+    """Half-width of an interval, in standard deviations of the ensemble."""
+    literal: bool = False
+    """The study's sentence read literally."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.candidates >= 2, self, "candidates", "at least 2")
+        require(self.interval >= 0, self, "interval", "0 or more")
+
+
+class RejectionSampled(PairAgent):
+    """Learns from pairs that are drawn from π_ref and that the ensemble is sure of."""
+
+    def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
+        problem = super().problem(histories, log, parts)
+        assert problem.table is not None
+        width = -self.config.interval if self.config.literal else self.config.interval
+        seed = derived_seed(parts.seed, f"candidates on {parts.purpose}")
+        pairs = drawn_pairs(parts.reference, histories, problem.table, self.config.candidates, width, seed)
+        problem.extra.update(pairs)
+        return problem
+
+
+@dataclass(frozen=True)
+class RSDPOConfig(PairConfig):
+    """How pairs are made, and how strongly they count."""
+
+    beta: float = 0.1
+    """β of DPO: the paper's default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta > 0, self, "beta", "positive")
+
+
+@register
+class RSDPO(RejectionSampled):
+    """DPO on pairs that the reward ensemble is sure of."""
+
+    name = "RSDPO"
+    config_type = RSDPOConfig
+    strength = Strength("beta")
+
+    def pair_loss(self, winner: Tensor, loser: Tensor, winner_ref: Tensor, loser_ref: Tensor) -> Tensor:
+        return dpo_loss(winner, loser, winner_ref, loser_ref, self.config.beta)
