@@ -21,6 +21,8 @@ from recsim_gr.agents.bc import BC
 from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.cql import CQL
+from recsim_gr.agents.ips import IPS
+from recsim_gr.agents.doubly_robust import DoublyRobust
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
@@ -31,10 +33,12 @@ __all__ = [
     "ASFT",
     "BC",
     "CQL",
+    "IPS",
     "PPO",
     "RSDPO",
     "Agent",
     "BackboneAgent",
+    "DoublyRobust",
     "InformedAgent",
     "Oracle",
     "Popularity",
