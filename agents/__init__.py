@@ -24,6 +24,7 @@ from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ips import IPS
 from recsim_gr.agents.doubly_robust import DoublyRobust
 from recsim_gr.agents.ppo import PPO
+from recsim_gr.agents.grpo import GRPO
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
@@ -33,6 +34,7 @@ __all__ = [
     "ASFT",
     "BC",
     "CQL",
+    "GRPO",
     "IPS",
     "PPO",
     "RSDPO",
