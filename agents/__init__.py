@@ -25,6 +25,7 @@ from recsim_gr.agents.ips import IPS
 from recsim_gr.agents.doubly_robust import DoublyRobust
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.grpo import GRPO
+from recsim_gr.agents.off_policy_reinforce import GroupREINFORCE
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
@@ -41,6 +42,7 @@ __all__ = [
     "Agent",
     "BackboneAgent",
     "DoublyRobust",
+    "GroupREINFORCE",
     "InformedAgent",
     "Oracle",
     "Popularity",
