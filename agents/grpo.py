@@ -16,6 +16,7 @@ With finite G the group's mean contains the title itself, and advantages are (1 
 """
 
 import copy
+import time
 from dataclasses import dataclass
 from typing import Self
 
@@ -167,10 +168,11 @@ class OldPolicy:
 
     Attributes:
         samples: titles drawn so far in contexts that are real.
+        seconds: processor time that drawing and paying them took.
     """
 
     def __init__(self, updates: int, seed: int) -> None:
-        self.updates, self.steps, self.samples = updates, 0, 0
+        self.updates, self.steps, self.samples, self.seconds = updates, 0, 0, 0.0
         self.rng = torch.Generator().manual_seed(seed % 2**63)
         self._frozen: Backbone | None = None
 
@@ -191,7 +193,7 @@ class OldPolicy:
         return draw_titles(log_probs, group, self.rng)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaidProblem(Problem):
     """A problem with rewards and an old policy.
 
@@ -200,8 +202,8 @@ class PaidProblem(Problem):
         old: draws titles.
     """
 
-    paid: AnyTable | None = None
-    old: OldPolicy | None = None
+    paid: AnyTable
+    old: OldPolicy
 
 
 @register
@@ -226,6 +228,8 @@ class GRPO(BackboneAgent):
     ) -> Self:
         super().fit(log, backbone, rewards, validation, seed, after_check)
         self.record.samples = self._drawing.samples
+        self.record.preparation_seconds += self._drawing.seconds
+        del self._drawing
         return self
 
     def problem(self, histories: HistorySource, log: AnyLog, parts: Parts) -> Problem:
@@ -238,15 +242,11 @@ class GRPO(BackboneAgent):
 
     def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         assert isinstance(problem, PaidProblem)
-        assert problem.paid is not None
-        assert problem.old is not None
         policy.eval()  # dropout would move the ratio that is clipped
         config = self.config
         own, reference = self._both(policy, batch, problem)
-        old = problem.old.log_probs(policy, batch, own)
-        titles = problem.old.draw(old, config.group, batch)  # (B, T, G)
-        chosen, before, held = (x.gather(-1, titles) for x in (own, old, reference))
-        rewards = problem.paid.mean(batch.rows).gather(-1, titles)
+        titles, before, rewards = self._groups(policy, batch, problem, own)
+        chosen, held = own.gather(-1, titles), reference.gather(-1, titles)
         if config.kl_in == "reward":
             rewards = rewards - config.kl_weight * (before - held)
         losses = grpo_loss(chosen, before, group_advantages(rewards, config.deviation), config.clip_range).mean(dim=-1)
@@ -255,11 +255,22 @@ class GRPO(BackboneAgent):
             losses = losses + config.kl_weight * kl
         return masked_mean(losses, batch)
 
+    @torch.no_grad()
+    def _groups(
+        self, policy: Backbone, batch: Batch, problem: PaidProblem, own: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Titles drawn in every context, their log π_old and their rewards, (B, T, G) each."""
+        began = time.process_time()
+        old = problem.old.log_probs(policy, batch, own)
+        titles = problem.old.draw(old, self.config.group, batch)
+        rewards = problem.paid.mean(batch.rows).gather(-1, titles)
+        problem.old.seconds += time.process_time() - began
+        return titles, old.gather(-1, titles), rewards
+
     def objective(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
         """Minus the regularised reward, exact over titles. Where advantages are divided by the deviation, λ counts
         deviations of r̂ under π_ref: the policy's own would move the yardstick."""
         assert isinstance(problem, PaidProblem)
-        assert problem.paid is not None
         own, reference = self._both(policy, batch, problem)
         rewards, weight = problem.paid.mean(batch.rows), self.config.kl_weight
         if self.config.deviation:
