@@ -420,19 +420,22 @@ def test_the_loss_in_the_agent(
     assert got == pytest.approx(np.mean(losses), abs=2e-3)
 
 
+@pytest.mark.parametrize("options", [{"kl_weight": 0.0}, {"kl_in": "reward", "kl_weight": 2.0, "deviation": False}])
 def test_its_step_is_reinforce_on_advantages(
-    ragged: InteractionLog, policy: HSTU, backbone: HSTU, rewards: RewardEnsemble
+    options: dict[str, Any], ragged: InteractionLog, policy: HSTU, backbone: HSTU, rewards: RewardEnsemble
 ) -> None:
-    """The same gradient as weighted imitation of the titles drawn, in every parameter."""
-    agent, histories = GRPO(kl_weight=0.0, group=4), Histories(ragged)
+    """The same gradient as weighted imitation of the titles drawn, in every parameter; KL takes from the reward."""
+    agent, histories = GRPO(group=4, **options), Histories(ragged)
     batch = next(histories.chunks())
     problem: Any = agent.problem(histories, ragged, Parts(backbone, rewards, 5, "train"))
     one, two = copy.deepcopy(policy), copy.deepcopy(policy)
     agent.batch_loss(one, batch, problem).backward()
-    own = agent._both(two, batch, problem)[0]
+    own, reference = agent._both(two, batch, problem)
     rng = torch.Generator().manual_seed(derived_seed(5, "GRPO titles on train") % 2**63)
     titles = draw_titles(own.detach(), 4, rng)
-    advantages = group_advantages(rewards.on(ragged).mean(batch.rows).gather(-1, titles))
+    paid = rewards.on(ragged).mean(batch.rows).gather(-1, titles)
+    paid = paid - options["kl_weight"] * (own.detach() - reference).gather(-1, titles)
+    advantages = group_advantages(paid, agent.config.deviation)
     chosen = own.gather(-1, titles)
     valid = batch.valid[..., None].expand_as(chosen)
     weighted_bc_loss(chosen[valid][None], advantages[valid][None]).mean().backward()
