@@ -24,7 +24,11 @@ from recsim_gr.agents.exp_rsft import ExpRSFT
 from recsim_gr.agents.filtered_bc import FilteredBC
 from recsim_gr.agents.conditioned_bc import ConditionedBC
 from recsim_gr.agents.cql import CQL
+from recsim_gr.agents.ips import IPS
+from recsim_gr.agents.doubly_robust import DoublyRobust
 from recsim_gr.agents.ppo import PPO
+from recsim_gr.agents.grpo import GRPO
+from recsim_gr.agents.off_policy_reinforce import GroupREINFORCE
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.rsipo import RSIPO
 from recsim_gr.agents.iterative_dpo import IterativeDPO
@@ -36,14 +40,18 @@ __all__ = [
     "ASFT",
     "BC",
     "CQL",
+    "GRPO",
+    "IPS",
     "PPO",
     "RSDPO",
     "RSIPO",
     "Agent",
     "BackboneAgent",
     "ConditionedBC",
+    "DoublyRobust",
     "ExpRSFT",
     "FilteredBC",
+    "GroupREINFORCE",
     "InformedAgent",
     "IterativeDPO",
     "Oracle",

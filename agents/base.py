@@ -317,7 +317,7 @@ class InformedAgent(Agent):
 class BackboneAgent(Agent):
     """An agent whose policy is the softmax of a backbone's logits, continued from the pretrained one.
 
-    A subclass gives `batch_loss`, a function of one batch; the same loss on validation users is the objective that
+    A subclass gives `batch_loss`, a function of one batch; the same loss on validation users is the `objective` that
     the kept state minimises.
     """
 
@@ -327,6 +327,10 @@ class BackboneAgent(Agent):
     def batch_loss(self, policy: Backbone, batch: Batch, problem: "Problem") -> Tensor:
         """The mean loss of a batch, a scalar."""
         raise TypeError(f"{self.name} has no loss; an agent that learns must say what it minimises")
+
+    def objective(self, policy: Backbone, batch: Batch, problem: "Problem") -> Tensor:
+        """What the kept state minimises on validation users: the loss, unless an agent samples there."""
+        return self.batch_loss(policy, batch, problem)
 
     def problem(self, histories: HistorySource, log: AnyLog, parts: "Parts") -> "Problem":
         """What the loss needs beside the batch, worked out once a log."""
@@ -353,7 +357,7 @@ class BackboneAgent(Agent):
         record = train(
             self.policy,
             lambda batch: self.batch_loss(self.policy, batch, on_train),
-            lambda: mean_loss(lambda batch: self.batch_loss(self.policy, batch, on_validation), held_out),
+            lambda: mean_loss(lambda batch: self.objective(self.policy, batch, on_validation), held_out),
             seen,
             self.config.training,
             seed,

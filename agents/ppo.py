@@ -1,6 +1,7 @@
 """Proximal policy optimisation (arXiv:1707.06347): stable-baselines3's, in the reward model's own environment.
 
-The agent draws a title for a context of the log and is paid r̂(x,a) − λ·log(π(a|x)/π_ref(a|x)) by the reward ensemble.
+The agent draws a title for a context of the log and is paid r̂(x,a) − λ·log(π(a|x)/π_ref(a|x)) by the reward ensemble,
+whose r̂ may be shaped (`recsim_gr.agents.reward_shaping`).
 Optimum in tabular contexts: π = π_ref·exp(r̂/λ)/Z.
 """
 
@@ -20,12 +21,12 @@ import recsim_gr  # noqa: F401  (registers RewardModel-v0)
 from recsim_gr.agents.base import (
     AfterCheck,
     BackboneAgent,
-    FineTuningConfig,
     FitRecord,
     Strength,
     register,
     required_parts,
 )
+from recsim_gr.agents.reward_shaping import AnyTable, ShapedRewardConfig, ShapedRewards, shaped_rewards
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, masked_log_probs
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
@@ -34,13 +35,12 @@ from recsim_gr.histories import Batch, HistorySource, histories_of, split_logs
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_logits
 from recsim_gr.randomness import derived_seed
-from recsim_gr.reward_tables import RewardTable
 from recsim_gr.rewards import RewardEnsemble
 from recsim_gr.training import TrainingRecord
 
 
 @dataclass(frozen=True)
-class PPOConfig(FineTuningConfig):
+class PPOConfig(ShapedRewardConfig):
     """What PPO is paid, and how it samples. Steps, rate and checks are those of ``training``."""
 
     kl_weight: float = 0.1
@@ -106,10 +106,11 @@ class PPO(BackboneAgent):
     ) -> Self:
         reference = required_parts(self, log, backbone, rewards).reference
         assert rewards is not None
+        paid = shaped_rewards(rewards, self.config, reference)
         train_log, held_out_log = split_logs(log, validation)
-        held_out, table = histories_of(held_out_log), rewards.on(held_out_log)
+        held_out, table = histories_of(held_out_log), paid.on(held_out_log)
         with contained_randomness():
-            learner = self._learner(train_log, reference, rewards, seed)
+            learner = self._learner(train_log, reference, paid, seed)
             policy: Backbone = learner.policy.backbone  # type: ignore[assignment]
             watch = _Watch(
                 self.config,
@@ -127,7 +128,9 @@ class PPO(BackboneAgent):
         self.record = FitRecord(steps, watch.record.best_step, samples, watch.rollout_seconds)
         return self
 
-    def _learner(self, log: AnyLog, reference: Backbone, rewards: RewardEnsemble, seed: int) -> StableBaselinesPPO:
+    def _learner(
+        self, log: AnyLog, reference: Backbone, rewards: RewardEnsemble | ShapedRewards, seed: int
+    ) -> StableBaselinesPPO:
         config = self.config
         envs = gym.make_vec("recsim_gr/RewardModel-v0", num_envs=config.n_envs, rewards=rewards, log=log)
         return StableBaselinesPPO(
@@ -155,7 +158,7 @@ def release_of(log: AnyLog) -> Tensor | None:
 
 @torch.no_grad()
 def penalised_reward(
-    policy: Backbone, reference: Backbone, histories: HistorySource, table: RewardTable, kl_weight: float
+    policy: Backbone, reference: Backbone, histories: HistorySource, table: AnyTable, kl_weight: float
 ) -> float:
     """E_x[Σ_a π(a|x)·r̂(x,a) − λ·KL(π ‖ π_ref)] over all prefixes of a log: what PPO climbs, exact over actions."""
     total, events = 0.0, 0
@@ -165,7 +168,7 @@ def penalised_reward(
     return total / events
 
 
-def _penalised(policy: Backbone, reference: Backbone, batch: Batch, table: RewardTable, kl_weight: float) -> Tensor:
+def _penalised(policy: Backbone, reference: Backbone, batch: Batch, table: AnyTable, kl_weight: float) -> Tensor:
     """(B, T)."""
     own = torch.log_softmax(prefix_logits(policy, batch), dim=-1)
     ref = torch.log_softmax(prefix_logits(reference, batch), dim=-1)

@@ -84,6 +84,30 @@ class RewardTable(ABC):
             titles: (n,) the titles.
         """
 
+    @abstractmethod
+    def spread_at(
+        self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, (n,) each, for one title a context; arguments as `at`."""
+
+    def members(self, rows: Tensor) -> Tensor:
+        """(M, B, L, I): every member's prediction on the prefixes of the users at ``rows``.
+
+        Raises:
+            ConfigError: a table that does not hold them.
+        """
+        raise self._without_members()
+
+    def members_at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> Tensor:
+        """(M, n): every member's prediction for one title a context; arguments as `at`, errors as `members`."""
+        raise self._without_members()
+
+    def _without_members(self) -> ConfigError:
+        return ConfigError(
+            f"a {type(self).__name__} holds the members' mean and deviation, not each of them: choose a reward that "
+            'needs no more, or an ensemble of form="shallow"'
+        )
+
 
 class FactoredTable(RewardTable):
     """Of the shallow form: two factors a member, U·L·M·(d + 1) numbers and not U·L·I.
@@ -132,10 +156,19 @@ class FactoredTable(RewardTable):
         return members.mean(dim=0), members.std(dim=0)
 
     def at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.members_at(rows, steps, titles).T.mean(dim=1).cpu().numpy().astype(np.float32)
+
+    def spread_at(
+        self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        members = self.members_at(rows, steps, titles)
+        return members.mean(dim=0), members.std(dim=0)
+
+    def members_at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> Tensor:
         which = torch.from_numpy(np.asarray(titles))
         states = self.states[torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(steps))]  # (n, M, d + 1)
         scores = (states * self.vectors[:, which].transpose(0, 1)).sum(-1) + self.biases[:, which].T
-        return scores.mean(dim=1).cpu().numpy().astype(np.float32)
+        return scores.T
 
 
 def _factors(member: RewardMember) -> ScoreHead:
@@ -184,8 +217,13 @@ class DenseTable(RewardTable):
         return self.means[rows].gather(-1, titles), self.deviations[rows].gather(-1, titles)
 
     def at(self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]) -> NDArray[np.float32]:
-        where = [torch.from_numpy(np.asarray(index)) for index in (rows, steps, titles)]
-        return self.means[where[0], where[1], where[2]].cpu().numpy()
+        return self.spread_at(rows, steps, titles)[0].cpu().numpy()
+
+    def spread_at(
+        self, rows: NDArray[np.int64], steps: NDArray[np.int64], titles: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        row, step, title = (torch.from_numpy(np.asarray(index)) for index in (rows, steps, titles))
+        return self.means[row, step, title], self.deviations[row, step, title]
 
 
 TABLES: dict[str, type[FactoredTable] | type[DenseTable]] = {"shallow": FactoredTable, "appended": DenseTable}

@@ -38,7 +38,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardedLog:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "PART_EVENTS", 30)
         world = WorldConfig(n_titles=12, n_genres=3, history_length=5, history_median=3, seed=5)
-        return generate(Plan(world=world, n_users=60, users_per_shard=25), tmp_path_factory.mktemp("log"))
+        return generate(
+            Plan(world=world, n_users=60, users_per_shard=25, propensities=True), tmp_path_factory.mktemp("log")
+        )
 
 
 @pytest.fixture(scope="module")

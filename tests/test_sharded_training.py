@@ -36,7 +36,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> ShardedLog:
     """200 users with histories of different lengths, some titles not out yet, in 20 parts of 10 users or fewer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "PART_EVENTS", 60)
-        return generate(Plan(world=WORLD, n_users=200, users_per_shard=30), tmp_path_factory.mktemp("log"))
+        plan = Plan(world=WORLD, n_users=200, users_per_shard=30, propensities=True)
+        return generate(plan, tmp_path_factory.mktemp("log"))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_agents_learn_from_shards_or_say_that_they_cannot(log: ShardedLog, backb
         except ConfigError as error:
             assert "read()" in str(error)  # noqa: PT017
             refused.add(name)
-    assert {"Random", "Popularity", "Pretrained", "BC", "RewardWeightedBC", "CQL"} <= learned
+    assert {"Random", "Popularity", "Pretrained", "BC", "RewardWeightedBC", "CQL", "IPS"} <= learned
     assert {"ASFT", "RSDPO", "PPO"} <= refused
 
 

@@ -35,7 +35,7 @@ def cold_world() -> World:
 
 @pytest.fixture(scope="module")
 def cold_log(cold_world: World) -> InteractionLog:
-    return cold_world.generate_log(150)
+    return cold_world.generate_log(150, expose_propensities=True)
 
 
 @pytest.fixture(scope="module")
