@@ -22,6 +22,7 @@ from recsim_gr.agents.reward_weighted_bc import RewardWeightedBC
 from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
+from recsim_gr.agents.online_ppo import OnlinePPO
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
@@ -36,6 +37,7 @@ __all__ = [
     "Agent",
     "BackboneAgent",
     "InformedAgent",
+    "OnlinePPO",
     "Oracle",
     "Popularity",
     "Pretrained",
