@@ -23,6 +23,7 @@ from recsim_gr.agents.asft import ASFT
 from recsim_gr.agents.cql import CQL
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.online_ppo import OnlinePPO
+from recsim_gr.agents.truth_supervised import TruthSupervised
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.referees import Oracle, ScoreOracle
 # isort: on
@@ -45,6 +46,7 @@ __all__ = [
     "RewardWeightedBC",
     "ScoreOracle",
     "Strength",
+    "TruthSupervised",
     "agent_type",
     "find_agent",
     "load_agent",

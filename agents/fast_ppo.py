@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsim_gr.backbones import Backbone
-from recsim_gr.errors import TrainingError
+from recsim_gr.errors import ConfigError, TrainingError
 from recsim_gr.histories import Histories
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import AnyLog, ShardedLog
 from recsim_gr.prefixes import MASKED
 from recsim_gr.reward_tables import RewardTable
 
@@ -138,9 +138,14 @@ class LoggedContexts:
 
     Args:
         log: in memory.
+
+    Raises:
+        ConfigError: a log in shards.
     """
 
-    def __init__(self, log: InteractionLog) -> None:
+    def __init__(self, log: AnyLog) -> None:
+        if isinstance(log, ShardedLog):
+            raise ConfigError("PPO draws single events, which takes a log in memory: read() it first")
         self.histories = Histories(log)
         self.rows = torch.from_numpy(np.cumsum(log.step == 0) - 1)  # of each event, the row of its user
         self.length = self.histories.valid.sum(dim=1)
@@ -155,8 +160,8 @@ class LoggedContexts:
         shares = (torch.arange(each) + torch.rand(n, each, generator=rng, dtype=torch.float64)) / each
         steps = (shares * self.length[rows, None]).long()
         batch = self.histories.batch(rows)
-        before_last = (part[:, :-1] for part in (batch.titles, batch.scores, batch.times))
-        return Prefixes(*before_last, steps, batch.unreleased), rows
+        titles, scores, times = (part[:, :-1] for part in (batch.titles, batch.scores, batch.times))
+        return Prefixes(titles, scores, times, steps, batch.unreleased), rows
 
 
 class ActorCritic(nn.Module):
@@ -213,7 +218,7 @@ class FastPPO:
         self,
         policy: Backbone,
         reference: Backbone,
-        log: InteractionLog,
+        log: AnyLog,
         table: RewardTable,
         config: PPOConfig,
         seed: int,
