@@ -29,6 +29,8 @@ from recsim_gr.agents.doubly_robust import DoublyRobust
 from recsim_gr.agents.ppo import PPO
 from recsim_gr.agents.grpo import GRPO
 from recsim_gr.agents.off_policy_reinforce import GroupREINFORCE
+from recsim_gr.agents.online_ppo import OnlinePPO
+from recsim_gr.agents.truth_supervised import TruthSupervised
 from recsim_gr.agents.rsdpo import RSDPO
 from recsim_gr.agents.rsipo import RSIPO
 from recsim_gr.agents.iterative_dpo import IterativeDPO
@@ -54,6 +56,7 @@ __all__ = [
     "GroupREINFORCE",
     "InformedAgent",
     "IterativeDPO",
+    "OnlinePPO",
     "Oracle",
     "Popularity",
     "Pretrained",
@@ -61,6 +64,7 @@ __all__ = [
     "RewardWeightedBC",
     "ScoreOracle",
     "Strength",
+    "TruthSupervised",
     "agent_type",
     "find_agent",
     "load_agent",

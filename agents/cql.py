@@ -4,6 +4,8 @@ Fixed point in tabular contexts: Q = r − α(softmax(Q)/μ − 1).
 """
 
 import copy
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -34,6 +36,8 @@ from recsim_gr.randomness import derived_seed
 from recsim_gr.reward_heads import Scorer
 from recsim_gr.rewards import RewardEnsemble
 from recsim_gr.training import train
+
+BatchLoss = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,17 @@ def cql_loss(q: Tensor, chosen: Tensor, rewards: Tensor, alpha: float) -> Tensor
     return 0.5 * (own - rewards) ** 2 + alpha * (torch.logsumexp(q, dim=-1) - own)
 
 
-@register
-class CQL(Agent):
-    """A Q function on the backbone, with a head like the reward model's; ranks by Q, samples from softmax(Q/T)."""
+class QFunctionAgent(Agent):
+    """A Q function on the backbone, with a head like the reward model's; ranks by Q, samples from softmax(Q/T).
 
-    name = "CQL"
-    config_type = CQLConfig
-    uses_rewards = True
-    strength = Strength("alpha")
+    A subclass gives `losses`; its config has ``head_rate`` and ``temperature``.
+    """
+
     q_function: Scorer
+
+    @abstractmethod
+    def losses(self, train_log: AnyLog, held_out_log: AnyLog) -> tuple[BatchLoss, BatchLoss]:
+        """The mean loss of a batch, of each of the two logs."""
 
     def fit(
         self,
@@ -91,15 +97,17 @@ class CQL(Agent):
         after_check: AfterCheck | None = None,
     ) -> Self:
         reference = required_parts(self, log, backbone, rewards).reference
-        histories, held_out = (histories_of(part) for part in split_logs(log, validation))
+        train_log, held_out_log = split_logs(log, validation)
+        histories, held_out = histories_of(train_log), histories_of(held_out_log)
+        loss, held_out_loss = self.losses(train_log, held_out_log)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "Q head"))
             start = copy.deepcopy(reference).requires_grad_(True)
             self.q_function = Scorer(start, histories.mean_score)
         record = train(
             self.q_function,
-            self._batch_loss,
-            lambda: mean_loss(self._batch_loss, held_out),
+            loss,
+            lambda: mean_loss(held_out_loss, held_out),
             histories,
             self.config.training,
             seed,
@@ -128,9 +136,25 @@ class CQL(Agent):
         self.q_function.load_state_dict(state)
         self.q_function.eval()
 
-    def _batch_loss(self, batch: Batch) -> Tensor:
+    def _q(self, batch: Batch) -> Tensor:
+        """(B, T, I): Q before each event, very negative for titles that are seen or not out yet."""
         backbone = self.q_function.backbone
         q = self.q_function.head.all_titles(prefix_states(backbone, batch), backbone)
-        q = q + prefix_mask(batch, backbone.n_titles)
-        chosen = batch.titles.clamp(max=backbone.n_titles - 1)
-        return masked_mean(cql_loss(q, chosen, batch.scores, self.config.alpha), batch)
+        return q + prefix_mask(batch, backbone.n_titles)
+
+
+@register
+class CQL(QFunctionAgent):
+    """A Q function on the backbone, with a head like the reward model's; ranks by Q, samples from softmax(Q/T)."""
+
+    name = "CQL"
+    config_type = CQLConfig
+    uses_rewards = True
+    strength = Strength("alpha")
+
+    def losses(self, train_log: AnyLog, held_out_log: AnyLog) -> tuple[BatchLoss, BatchLoss]:
+        return self._batch_loss, self._batch_loss
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        chosen = batch.titles.clamp(max=self.q_function.backbone.n_titles - 1)
+        return masked_mean(cql_loss(self._q(batch), chosen, batch.scores, self.config.alpha), batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 import recsim_gr  # noqa: F401  (registers RewardModel-v0)
 from recsim_gr.agents import PPO, Agent
 from recsim_gr.agents.base import backbone_log_probs
-from recsim_gr.agents.ppo import PPOConfig, _Watch, penalised_reward
+from recsim_gr.agents.ppo import Checks, PPOConfig, _Watch, penalised_reward
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, inverse_cdf
 from recsim_gr.backbones import HSTU
 from recsim_gr.errors import TrainingError
@@ -218,7 +218,7 @@ def test_rewards_in_the_buffer_are_the_models_less_the_log_ratio(
         nudge(policy)
         drawn_by = HSTU(backbone.config, 30).eval()
         drawn_by.load_state_dict(policy.state_dict())
-        keep = Keep(_Watch(agent.config, backbone, lambda: 0.0, None))
+        keep = Keep(_Watch(agent.config, backbone, Checks(agent.config, lambda _: 0.0, None)))
         learner.learn(128, callback=keep)
     ratios = []
     for step in range(2):

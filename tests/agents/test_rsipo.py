@@ -65,7 +65,7 @@ def test_at_the_reference_it_pulls_where_dpo_pulls() -> None:
     """At margin 0 the slopes are −1/τ and −β/2: one direction, in the proportion 2/(τβ)."""
     ref = random_rows(0, 2, 6)
     slopes = []
-    for loss in (lambda w, l: ipo_loss(w, l, *ref, 0.3), lambda w, l: dpo_loss(w, l, *ref, 0.7)):  # noqa: E741
+    for loss in (lambda w, l: ipo_loss(w, l, ref[0], ref[1], 0.3), lambda w, l: dpo_loss(w, l, ref[0], ref[1], 0.7)):  # noqa: E741
         own = ref.clone().requires_grad_()
         loss(own[0], own[1]).sum().backward()
         assert own.grad is not None
@@ -76,8 +76,8 @@ def test_at_the_reference_it_pulls_where_dpo_pulls() -> None:
 def test_with_an_infinite_tau_it_holds_to_the_reference() -> None:
     own, ref = random_rows(0, 2, 5), random_rows(1, 2, 5)
     margin = (own[0] - ref[0]) - (own[1] - ref[1])
-    torch.testing.assert_close(ipo_loss(*own, *ref, 1e12), margin**2)
-    assert not ipo_loss(*ref, *ref, 1e12).gt(1e-20).any()
+    torch.testing.assert_close(ipo_loss(own[0], own[1], ref[0], ref[1], 1e12), margin**2)
+    assert not ipo_loss(ref[0], ref[1], ref[0], ref[1], 1e12).gt(1e-20).any()
 
 
 def test_gradient() -> None:
