@@ -172,7 +172,7 @@ def test_users_who_may_abandon_a_title_are_worth_less() -> None:
         return type(world).worth(world, users)
 
     agent.world = type("Referee", (), {"worth": staticmethod(asked)})()
-    agent.q_function = type("Q", (), {"backbone": type("B", (), {"n_titles": 12})})()  # type: ignore[assignment]
+    agent.q_function = type("Q", (), {"backbone": type("B", (), {"n_titles": 12})})()
     zero = torch.zeros(6, 4, 12)
     agent._q = lambda batch: zero  # type: ignore[method-assign]
     batch = next(Histories(log).chunks())
