@@ -34,8 +34,8 @@ from recsim_gr.log import AnyLog, ShardedLog
 from recsim_gr.prefixes import MASKED
 
 if TYPE_CHECKING:
+    from recsim_gr.agents.ppo import PPOConfig
     from recsim_gr.agents.reward_shaping import AnyTable
-from recsim_gr.agents.ppo import PPOConfig
 
 VALUE_WEIGHT = 0.5
 """Of the critic's loss: stable-baselines3's default, as the next two."""
