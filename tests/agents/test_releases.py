@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsim_gr.agents import AGENTS, Agent, load_agent
+from recsim_gr.agents import AGENTS, Agent, InformedAgent, load_agent
 from recsim_gr.agents.ppo import release_of
 from recsim_gr.agents.sb3 import masked_log_probs
 from recsim_gr.backbones import HSTU, Backbone, HSTUConfig
@@ -61,13 +61,17 @@ def cold_rewards(cold_log: InteractionLog, cold_backbone: HSTU, training: Traini
 def test_what_is_not_out_has_no_probability(
     name: str,
     make: Make,
+    cold_world: World,
     cold_log: InteractionLog,
     cold_backbone: HSTU,
     cold_rewards: RewardEnsemble,
     cold_contexts: Contexts,
     tmp_path: Path,
 ) -> None:
-    agent = make(name).fit(cold_log, cold_backbone, cold_rewards)
+    agent = make(name)
+    if isinstance(agent, InformedAgent):
+        agent.meet(cold_world)
+    agent.fit(cold_log, cold_backbone, cold_rewards)
     observations = cold_contexts.observations
     log_probs = agent.log_probs(observations)
     barred = observations.unavailable()
