@@ -1,4 +1,4 @@
-"""What stable-baselines3 needs to train a backbone: a vector environment, a policy class, a clean random state."""
+"""What stable-baselines3 needs to train a backbone: a vector environment, policy classes, a clean random state."""
 
 import copy
 import random
@@ -14,10 +14,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
 
 from recsim_gr.backbones import Backbone
+from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.prefixes import MASKED
+from recsim_gr.reward_heads import Scorer
+
+MIDDLE_SCORE = (LOWEST_SCORE + HIGHEST_SCORE) / 2
+"""What a Q function says of every title before it has learned."""
 
 
 class BatchedVecEnv(VecEnv):
@@ -153,6 +159,83 @@ class BackbonePolicy(ActorCriticPolicy):
         titles = obs["titles"].long()
         state = self.backbone.encode_last(titles, obs["scores"], obs["times"])
         return masked_log_probs(self.backbone, state, titles, obs["epoch"], self.release), self.value_net(state)
+
+
+class BackboneQNetwork(QNetwork):
+    """Q of every title, from a backbone and a head like the reward model's.
+
+    A title that is seen or not out yet is worth what the environments pay for it, the lowest score, whatever the
+    backbone says: exploration may show it, which then teaches nothing; the greedy choice never is one.
+
+    Args:
+        backbone, release: as in `BackboneQPolicy`.
+        **kwargs: stable-baselines3's.
+    """
+
+    def __init__(self, backbone: Backbone, release: Tensor | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.q_net = Scorer(backbone, MIDDLE_SCORE).requires_grad_(True)  # type: ignore[assignment]
+        self.release = release
+
+    def forward(self, obs: Any) -> Tensor:
+        """(n, I)."""
+        return self._values(obs).masked_fill(self._closed(obs), LOWEST_SCORE)
+
+    def _predict(self, observation: Any, deterministic: bool = True) -> Tensor:
+        return self._values(observation).masked_fill(self._closed(observation), -torch.inf).argmax(dim=1)
+
+    def _values(self, obs: Any) -> Tensor:
+        values: Tensor = self.q_net(obs["titles"].long(), obs["scores"], obs["times"])
+        return values
+
+    def _closed(self, obs: Any) -> Tensor:
+        """(n, I) bool."""
+        n_titles = int(self.action_space.n)
+        return closed_titles(obs["titles"].long(), obs["epoch"], n_titles, self.release)
+
+
+class BackboneQPolicy(DQNPolicy):
+    """A Q function on the backbone, for stable-baselines3's ``DQN``. Dropout is off, as in `BackbonePolicy`::
+
+        DQN(BackboneQPolicy, env, policy_kwargs={"backbone": backbone})
+
+    Args:
+        observation_space, action_space, lr_schedule: stable-baselines3's.
+        backbone: what it starts from; copied, for the target too.
+        release: (I,) int64, the epoch that each title comes out in; None where all are out.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Space,
+        action_space: gym.spaces.Discrete,
+        lr_schedule: Schedule,
+        backbone: Backbone,
+        release: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs |= {"features_extractor_class": _NoFeatures, "net_arch": []}
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+        self._start = (backbone, release)  # in a tuple: a module as attribute would be a part of the policy
+        super()._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """The base class would build networks before the backbone is here; the constructor calls it afterwards."""
+
+    def make_q_net(self) -> QNetwork:
+        """A network, or its target."""
+        arguments = self._update_features_extractor(self.net_args, features_extractor=None)
+        return BackboneQNetwork(*self._start, **arguments).to(self.device)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Dropout stays off."""
+        super().set_training_mode(False)
+
+
+def closed_titles(titles: Tensor, epoch: Tensor, n_titles: int, release: Tensor | None = None) -> Tensor:
+    """(n, I) bool: the titles that are seen or not out yet; arguments as in `masked_log_probs`."""
+    closed = titles.new_zeros(len(titles), n_titles + 1, dtype=torch.bool).scatter_(1, titles, True)[:, :-1]
+    return closed if release is None else closed | (release > epoch.reshape(-1, 1))
 
 
 def masked_log_probs(
