@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from recsim_gr import generation
 from recsim_gr.generation import Plan, generate
 from recsim_gr.world import WorldConfig
+
+torch.set_num_threads(1)  # tensors here are tiny: a second thread waits more than it works, most of all beside others
 
 
 @pytest.fixture
