@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically, keys in the order given; NaN becomes null, which every JSON reader accepts."""
-    write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -66,11 +66,12 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path} cannot be read as JSON ({error}); {advice}") from error
 
 
-def _without_nan(content: Any) -> Any:
+def without_nan(content: Any) -> Any:
+    """JSON values with None in place of NaN and infinities."""
     if isinstance(content, float):
         return content if content == content and abs(content) != float("inf") else None
     if isinstance(content, dict):
-        return {str(key): _without_nan(value) for key, value in content.items()}
+        return {str(key): without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
+        return [without_nan(value) for value in content]
     return content

@@ -22,7 +22,7 @@ from recsim_gr.backbones import Backbone, build_backbone
 from recsim_gr.checkpoints import BROKEN, save_tensors, tensors_under
 from recsim_gr.configs import require, require_finite_numbers
 from recsim_gr.errors import CheckpointError, ConfigError
-from recsim_gr.files import read_json, write_json
+from recsim_gr.files import read_json, without_nan, write_json
 from recsim_gr.histories import Batch, Histories, HistorySource, histories_of, split_logs, tensors
 from recsim_gr.log import AnyLog, InteractionLog
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE, Observations
@@ -282,8 +282,8 @@ def load_reward_ensemble(directory: str | Path) -> RewardEnsemble:
 
 
 def _digest(about: dict[str, Any]) -> str:
-    """The sha256 of JSON values, in whatever order."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    """The sha256 of JSON values as a file holds them, in whatever order."""
+    return hashlib.sha256(json.dumps(without_nan(about), sort_keys=True).encode()).hexdigest()
 
 
 def fit_reward_ensemble(
