@@ -371,6 +371,7 @@ def test_agents_learn_from_the_appended_form(
     small: dict[str, dict[str, Any]] = {
         "PPO": {"rollout": 64, "n_envs": 16, "minibatch": 32},
         "RSDPO": {"interval": 0.0},  # so little training is sure of no pair
+        "RSIPO": {"interval": 0.0},
     }
     options = small.get(name, {})
     told: list[float] = []
