@@ -42,6 +42,7 @@ class OnlinePPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.plain, self, "reward", "mean and unbounded: it is paid observed scores")
         require(self.fast is False, self, "fast", "false: the tensor program knows tables of r̂, no users")
 
 
