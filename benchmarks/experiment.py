@@ -1,6 +1,7 @@
 """What the suites share: worlds of either kind, the logs of one world, and everything fitted on them."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,14 @@ class Logs:
     def without_propensities(self) -> "Logs":
         """The same logs, for agents that do not ask for them."""
         return Logs(*(replace(log, propensities=None) for log in (self.train, self.validation, self.judge)))
+
+
+def log_sizes_of(config: ExperimentConfig, wanted: Iterable[int]) -> list[int]:
+    """Numbers of training users that the worlds have, ascending: all they have in place of larger ones."""
+    if config.world == "simulated":
+        return sorted(set(wanted))
+    world = build_world(config, config.noise_levels[0], config.seeds[0])
+    return sorted({world.at_most("train", n) for n in wanted})
 
 
 def seconds_per_step(config: ExperimentConfig, steps: int = 20) -> float:

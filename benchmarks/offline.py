@@ -10,7 +10,7 @@ import numpy as np
 
 from recsim_gr import __version__, configs
 from recsim_gr.agents import Agent, find_agent
-from recsim_gr.benchmarks.experiment import cell_name, experiment_identity, seconds_per_step
+from recsim_gr.benchmarks.experiment import cell_name, experiment_identity, log_sizes_of, seconds_per_step
 from recsim_gr.benchmarks.laboratory import AgentsConfig, Laboratory
 from recsim_gr.benchmarks.offline_choices import DEFAULT, NDCG, RULES, choose
 from recsim_gr.benchmarks.offline_report import write_table2
@@ -35,6 +35,10 @@ class OfflineConfig(AgentsConfig):
     noise_levels: tuple[float, ...] = (0.0, 0.35, 1.0)
     """All but the truth, half way down in reliability, none of it: five levels, as the landscape has them, are preset
     ``full``'s."""
+    log_sizes: tuple[int, ...] = ()
+    """Training users of each table, ascending, in place of ``n_users``: a smaller log is the first users of a larger
+    one. Schedules are the same at every size, and so is the judge's log. Empty: ``n_users`` alone. A replayed world has
+    no more than its own."""
     sweep: bool = False
     """Whether every agent that has a strength is fitted at each of its five values, and one of them chosen by each
     rule of design §8; otherwise each is fitted once, at its default."""
@@ -46,6 +50,9 @@ class OfflineConfig(AgentsConfig):
         super().__post_init__()
         require(isinstance(self.sweep, bool), self, "sweep", "true or false")
         require(self.selection_users >= 2, self, "selection_users", "at least 2")
+        sizes = self.log_sizes
+        require(all(isinstance(n, int) and n >= 2 for n in sizes), self, "log_sizes", "2 users or more each")
+        require(list(sizes) == sorted(set(sizes)), self, "log_sizes", "ascending, no repeats")
         for name in REFERENCES:
             require(name in self.agents, self, "agents", f"a list with {name} in it, which others are measured by")
 
@@ -160,9 +167,14 @@ class Offline(Suite):
         }
 
     def cells(self) -> list[Cell]:
+        sizes = log_sizes_of(self.config, self.config.log_sizes or (self.config.n_users,))
         return [
-            Cell(cell_name(noise, seed), {"reward_noise": float(noise), "seed": seed})
+            Cell(
+                f"{cell_name(noise, seed)}-users-{size}",
+                {"reward_noise": float(noise), "seed": seed, "log_size": size},
+            )
             for seed in self.config.seeds
+            for size in sizes
             for noise in self.config.noise_levels
         ]
 
@@ -176,8 +188,8 @@ class Offline(Suite):
         return steps * seconds_per_step(config) + len(trials) * EVALUATION_SECONDS
 
     def run_cell(self, cell: Cell, notify: Notify) -> CellResult:
-        noise, seed = cell.settings["reward_noise"], cell.settings["seed"]
-        laboratory = Laboratory(self.config, noise, seed, notify)
+        noise, seed, size = (cell.settings[name] for name in ("reward_noise", "seed", "log_size"))
+        laboratory = Laboratory(replace(self.config, n_users=size), noise, seed, notify)
         reliability = laboratory.world.reliability()
         columns = {
             "suite": self.name,
@@ -187,6 +199,7 @@ class Offline(Suite):
             "noise_model": self.config.noise_model,
             "reliability": reliability.within_user,
             "seed": seed,
+            "log_size": size,
             "option": "",
             "strength": float("nan"),
             "choice": "",

@@ -14,6 +14,8 @@ from recsim_gr.benchmarks.offline_choices import DEFAULT, RULES
 from recsim_gr.benchmarks.offline_statements import (
     FAILS,
     HOLDS,
+    OTHERWISE,
+    SEEMS,
     STATEMENTS,
     Statement,
     Verdict,
@@ -38,6 +40,7 @@ from recsim_gr.benchmarks.offline_wording import (
     HEADLINE,
     HOW,
     PROMISE_NOTE,
+    REGIONS_NOTE,
     REGRET_NOTE,
     SELECTION,
     STATEMENTS_NOTE,
@@ -175,6 +178,47 @@ def _verdict_row(verdict: Verdict, trials: Trials) -> str:
     )
 
 
+REGION = {
+    HOLDS: ("holds", "yes"),
+    SEEMS: ("<i>leans to yes</i>", "rather"),
+    OTHERWISE: ("<i>leans to no</i>", "rather-not"),
+    FAILS: ("does not", "no"),
+}
+"""What a verdict is in a narrow cell, and the cell's class."""
+
+
+def regions(found: Mapping[str, Trials]) -> str:
+    """A row a statement and agent, a column a part of the run and noise level: verdicts at the defaults."""
+    rule = DEFAULT
+    body = []
+    for heading, asked in STATEMENTS.items():
+        width = 1 + sum(len(trials.noise) for trials in found.values())
+        body.append(f'<tbody><tr class="level"><th colspan="{width}">“{escape(heading)}”</th></tr>')
+        for statement in asked:
+            cells: dict[str, dict[tuple[str, int], str]] = {}
+            for name, trials in found.items():
+                for verdict in verdicts(statement, trials, rule):
+                    cells.setdefault(verdict.agent, {})[name, verdict.level] = _region_cell(verdict, trials)
+            kind = "seen" if statement.seen else "in truth"
+            for agent, of_agent in cells.items():
+                places = ((name, level) for name, trials in found.items() for level in range(len(trials.noise)))
+                row = "".join(of_agent.get(place, "<td>–</td>") for place in places)
+                claim = f"{escape(statement.claim)} <small>{kind}, {escape(agent)}</small>"
+                body.append(f"<tr><th class='text'>{claim}</th>{row}</tr>")
+        body.append("</tbody>")
+    parts = "".join(f'<th colspan="{len(trials.noise)}">{escape(name)}</th>' for name, trials in found.items())
+    levels = "".join(f"<th>{level_name(t, level)}</th>" for t in found.values() for level in range(len(t.noise)))
+    head = f"<tr><th></th>{parts}</tr><tr><th class='text'>at the default strengths</th>{levels}</tr>"
+    return table(head, "".join(body))
+
+
+def _region_cell(verdict: Verdict, trials: Trials) -> str:
+    word, kind = REGION.get(verdict.word, ("–", ""))
+    title, mean, half = verdict.parts[0]
+    tip = f"{said(verdict.word, trials)}: {title} {signed(mean, half)}"
+    return f'<td class="{kind}" title="{escape(tip)}">{word}</td>'
+
+
 # ------------------------------------------------------------------------------------------------------- selection
 
 
@@ -286,14 +330,13 @@ def _section(trials: Trials, name: str, pictures: Sequence[str], cells: Sequence
         own.append(folded(f"Table 2, {title}", table2(trials, rule)))
         own.append(folded(f"The statements, {title}", statements(trials, rule)))
     own.append(folded("The figures themselves", value_table(trials)))
-    laws = (f"<b>{escape(x)}</b>" if x.startswith("FAILS") else escape(x) for x in checks(trials, name))
+    laws = (f"<b>{escape(x)}</b>" if x.startswith("FAILS") else escape(x) for x in checks(trials))
     return [*own, "<h3>Whatever the ranking</h3><ul>", *(f"<li>{law}</li>" for law in laws), "</ul>"]
 
 
-def checks(trials: Trials, name: str) -> list[str]:
+def checks(trials: Trials) -> list[str]:
     """What must hold of every world, whichever agent is best: the landscape's checks, of agents at their defaults."""
-    env, _, noise_model = name.rpartition(" · ")
-    return check_first_principles(trials.results(DEFAULT), "WatchTime" in env, noise_model)
+    return check_first_principles(trials.results(DEFAULT), "WatchTime" in trials.env, trials.noise_model)
 
 
 def value_table(trials: Trials) -> str:
@@ -326,7 +369,9 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
         body.append(f"<p class='note'><b>FAILED</b> {escape(reason)}</p>")
     lines: list[str] = []
     written: set[str] = set()
-    for k, (name, trials) in enumerate(read_trials(run_dir / "results.parquet", run.config).items()):
+    found = read_trials(run_dir / "results.parquet", run.config)
+    body += ["<h2>Where each statement of the study holds</h2>", f"<p class='note'>{REGIONS_NOTE}</p>", regions(found)]
+    for k, (name, trials) in enumerate(found.items()):
         suffix, subtitle = f"-{k + 1}" if k else "", _subtitle(run.config, trials)
         pictures = []
         for drawn, note in (
@@ -338,8 +383,9 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
                 pictures.append(figure_element(drawn.name, drawn, picture, note))
                 written.add(drawn.name)
         body += _section(trials, name, pictures, run.cells)
+        lines += [f"{name}:"] if len(found) > 1 else []
         lines += readings(trials, DEFAULT) + (selection_lines(trials) if trials.selected else [])
-        lines += checks(trials, name)
+        lines += checks(trials)
     remove_stale(run_dir / "figures", FIGURES, written)
     body += [cost_table(run.cells), config_table(run.config, "Configuration of the run")]
     write_text(run_dir / "report.html", document(title, body, javascript()))
@@ -349,5 +395,5 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
 def _subtitle(config: Mapping[str, Any], trials: Trials) -> str:
     n = len(trials.seeds)
     seeds = f"mean over {n} seeds" if n > 1 else "one seed, so no interval"
-    sizes = f"{config.get('noise_model')} noise · {config.get('n_users')} training users"
+    sizes = f"{trials.noise_model} noise · {trials.log_size:,} training users"
     return " · ".join(str(fact) for fact in (config.get("preset"), sizes, seeds) if fact)

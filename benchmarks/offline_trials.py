@@ -1,7 +1,7 @@
 """A run of suite ``offline`` as arrays: every trial of every agent, and which of them each rule took."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Key = tuple[str, int, str]  # agent, place of the trial among the agent's own, m
 
 @dataclass(frozen=True)
 class Trials:
-    """The results of one world.
+    """The results of one kind of world and one log size.
 
     Attributes:
         noise, reliability, seeds: as in `Results`.
@@ -35,6 +35,8 @@ class Trials:
         chosen: (agent, rule) to (N, S) places in ``strengths``, -1 where the rule took none.
         informed: agents that know more than a log holds: references, no competitors.
         swept: agent to the strengths that rules chose from, from the weakest to the strongest.
+        env, noise_model: which kind of world.
+        log_size: training users.
     """
 
     noise: FloatArray
@@ -48,6 +50,9 @@ class Trials:
     chosen: Mapping[tuple[str, str], np.ndarray]
     informed: tuple[str, ...] = ()
     swept: Mapping[str, tuple[float, ...]] | None = None
+    env: str = ""
+    noise_model: str = ""
+    log_size: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,7 +184,8 @@ def percentages(trials: Trials, rule: str, metric: str) -> dict[str, Percentage]
 
 
 def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
-    """Reads the table of a run, one `Trials` a (environment, noise model).
+    """Reads the table of a run: `Trials` by a name of environment and noise model, and of log size where the run has
+    several.
 
     Args:
         path: of ``results.parquet``.
@@ -200,11 +206,17 @@ def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
         rows = table.select(TRIAL_SCHEMA.names).cast(TRIAL_SCHEMA).to_pylist()
     except pa.ArrowException as error:
         raise RunDirectoryError(f"{path} has columns of other types ({error}); run suite offline again") from error
-    worlds: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        worlds.setdefault(f"{row['env']} · {row['noise_model']}", []).append(row)
+        parts.setdefault((row["env"], row["noise_model"], row["log_size"]), []).append(row)
     informed, swept = _informed(config), _swept(config)
-    return {name: _trials(of_world, informed, swept) for name, of_world in worlds.items()}
+    several = len({size for _, _, size in parts}) > 1
+    return {
+        f"{env} · {noise_model}" + (f" · {size:,} training users" if several else ""): replace(
+            _trials(of_part, informed, swept), env=env, noise_model=noise_model, log_size=size
+        )
+        for (env, noise_model, size), of_part in sorted(parts.items())
+    }
 
 
 def _informed(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -69,11 +69,15 @@ table."""
 REGRET_NOTE = """Right is worse: on test users, true top-10 value of an agent's best strength less that of the one that
 a rule took, mean over worlds. Black circles are the strength that the agent comes with."""
 
+REGIONS_NOTE = """Blue: every difference that a statement asks for is above 0; red: one of them is below; pale: the
+seeds cannot tell, and the means lean to one side. "Seen" is what a study of a log can measure; "in truth" is what it
+cannot. Where the pointer rests, the lowest difference is told; all of them are further down, with their p-values."""
+
 STATEMENTS_NOTE = f"""Each is asked of the rows, at 5 %, by one-sided Student-t tests over seeds of paired differences.
 It holds where every difference that it asks for is above 0 (p is the largest of theirs), it does not where one of them
 is below (p is the smallest times their number); Holm's correction is over the agents and noise levels of a statement.
 Undecided: neither. PPO, RSDPO and RSIPO stand for the study's PPO, DPO and IPO, {REFERENCE}, BC and CQL for its others.
-All have one log size here; another is another run (--n-users)."""
+Log sizes (--log-sizes) are tested one by one."""
 
 COSTS = """Means over cells on the machine of the run. Preparing: pairs, rollouts, tables of the agent's own, in
 processor seconds. A step is what is left of the fit's processor time over gradient steps, with its share of the checks

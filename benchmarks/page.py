@@ -495,6 +495,8 @@ td.text, th.text { text-align: left; white-space: normal; }
 .headline th small { display: block; } .headline td { vertical-align: top; }
 .headline td b { font-weight: 600; }
 td.best { background: #fdf3d7; }
+td.yes { background: #cfe3f5; } td.rather { background: #edf4fa; }
+td.no { background: #f6cfbf; } td.rather-not { background: #fbeee8; }
 .fold { margin: 14px 0; border: 1px solid #e3e3e3; border-radius: 6px; padding: 0 14px; }
 .fold > summary { cursor: pointer; padding: 8px 0; font-weight: 600; } .fold[open] { padding-bottom: 12px; }
 .failures { border-left: 4px solid #d55e00; padding-left: 14px; margin: 18px 0; }

@@ -26,6 +26,8 @@ from recsim_gr.files import atomic_path, read_json, write_text
 TEXT = ("suite", "env", "agent", "config_id", "noise_model", "metric")
 NUMBERS = ("reward_noise", "reliability", "value")
 COLUMNS = (*TEXT, *NUMBERS, "seed")
+LOG_SIZE = "log_size"
+"""Only in the table of trials, see `recsim_gr.benchmarks.results`."""
 PNG_SCALE = 2.0
 
 Columns = dict[str, np.ndarray]
@@ -107,15 +109,16 @@ def read_run(run_dir: Path) -> Run:
 
 
 def read_results(path: Path) -> dict[str, Results]:
-    """Reads the tidy table of a run into arrays, one :class:`Results` a (suite, env, noise model).
+    """Reads the tidy table of a run into arrays, one :class:`Results` a (suite, env, noise model), and log size where
+    the table has that column.
 
     Raises:
         RunDirectoryError: the file is missing, truncated, no Parquet, lacks a column, has a column of another
             type, holds no row, a result twice, or a noise level that is no number.
     """
     columns = _read_columns(path)
-    keys = zip(*(columns[name] for name in ("suite", "env", "noise_model")), strict=True)
-    names = np.array([" · ".join(key) for key in keys])
+    parts = [name for name in ("suite", "env", "noise_model", LOG_SIZE) if name in columns]
+    names = np.array([" · ".join(map(str, key)) for key in zip(*(columns[name] for name in parts), strict=True)])
     worlds = {}
     for name in dict.fromkeys(names.tolist()):
         here = names == name
@@ -138,6 +141,8 @@ def _read_columns(path: Path) -> Columns:
     if table.num_rows == 0:
         raise RunDirectoryError(f"{path} holds no results; run the suite again and see why its cells failed")
     types = {**dict.fromkeys(TEXT, pa.string()), **dict.fromkeys(NUMBERS, pa.float64()), "seed": pa.int64()}
+    if LOG_SIZE in table.column_names:
+        types[LOG_SIZE] = pa.int64()
     return {name: _cast(table.column(name), kind, name, path) for name, kind in types.items()}
 
 

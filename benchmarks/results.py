@@ -24,9 +24,17 @@ SCHEMA = pa.schema(
 )
 """Columns of the table; rows of the world itself have an empty ``agent``, and ``reliability`` is within user."""
 
-TRIAL_SCHEMA = pa.schema([*SCHEMA, ("option", pa.string()), ("strength", pa.float64()), ("choice", pa.string())])
-"""Columns of suites that fit an agent several times: the option that sets the trials apart, its value there (NaN for
-an agent that has none), and which rules choose the trial."""
+TRIAL_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        ("log_size", pa.int64()),
+        ("option", pa.string()),
+        ("strength", pa.float64()),
+        ("choice", pa.string()),
+    ]
+)
+"""Columns of suites that fit an agent several times: training users, the option that sets the trials apart, its value
+there (NaN for an agent that has none), and which rules choose the trial."""
 
 
 def write_results(rows: list[dict[str, Any]], path: Path) -> None:
@@ -48,6 +56,11 @@ def schema_of(row: dict[str, Any]) -> pa.Schema:
     return TRIAL_SCHEMA if "option" in row else SCHEMA
 
 
+def integers(schema: pa.Schema) -> list[str]:
+    """Names of its columns of integers."""
+    return [field.name for field in schema if field.type == pa.int64()]
+
+
 def floats(schema: pa.Schema) -> list[str]:
     """Names of its columns of floats."""
     return [field.name for field in schema if field.type == pa.float64()]
@@ -60,4 +73,4 @@ def is_row(row: Any) -> bool:
     schema = schema_of(row)
     texts = all(isinstance(row[f.name], str) for f in schema if f.type == pa.string())
     numbers = all(row[name] is None or isinstance(row[name], (int, float)) for name in floats(schema))
-    return texts and numbers and isinstance(row["seed"], int)
+    return texts and numbers and all(isinstance(row[name], int) for name in integers(schema))

@@ -13,6 +13,7 @@ from recsim_gr.benchmarks.experiment import (
     build_world,
     cell_name,
     experiment_identity,
+    log_sizes_of,
     seconds_per_step,
 )
 from recsim_gr.benchmarks.reward_model_measures import CONSTANT, FLOOR, floor_statistic, measures
@@ -112,16 +113,8 @@ class RewardModel(Suite):
     def identity(self) -> dict[str, Any]:
         return {"suite": self.name, "version": __version__, **experiment_identity(self.config)}
 
-    def log_sizes(self) -> list[int]:
-        """Those that the world has users for, and all it has in place of larger ones."""
-        config = self.config
-        if config.world == "simulated":
-            return list(config.log_sizes)
-        world = build_world(config, config.noise_levels[0], config.seeds[0])
-        return sorted({world.at_most("train", n) for n in config.log_sizes})
-
     def cells(self) -> list[Cell]:
-        sizes = self.log_sizes()
+        sizes = log_sizes_of(self.config, self.config.log_sizes)
         return [
             Cell(
                 f"{cell_name(noise, seed)}-users-{size}",
@@ -133,7 +126,7 @@ class RewardModel(Suite):
         ]
 
     def estimate_cell_seconds(self) -> float:
-        config, sizes = self.config, self.log_sizes()
+        config, sizes = self.config, log_sizes_of(self.config, self.config.log_sizes)
         steps = 0.0
         for size in sizes:
             members = config.rewards.members * len(config.forms)

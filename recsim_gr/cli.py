@@ -61,7 +61,7 @@ class Run:
     n_users: int | None = None
     """Training users."""
     log_sizes: tuple[int, ...] | None = None
-    """Training users of each reward model of suite reward_model, ascending."""
+    """Training users of each reward model of suite reward_model, or of each table of suite offline, ascending."""
     test_contexts: int | None = None
     """Test users."""
     sweep: bool | None = None

@@ -209,7 +209,7 @@ def test_a_run_goes_on_where_it_stopped(finished: Path) -> None:
 
 
 def test_costs_say_what_a_step_takes_and_who_shares_what(finished: Path) -> None:
-    costs = read_json(finished / "cells" / "noise-0.35-seed-0.json")["agents"]
+    costs = read_json(finished / "cells" / "noise-0.35-seed-0-users-150.json")["agents"]
     assert costs["BC"]["gradient_steps"] == 20
     assert costs["BC"]["fit_processor_seconds"] > 0
     assert costs["r̂ on the log"]["fit_seconds"] > 0
@@ -219,7 +219,7 @@ def test_costs_say_what_a_step_takes_and_who_shares_what(finished: Path) -> None
 def test_reading_a_table_of_another_suite_is_refused(tmp_path: Path, finished: Path) -> None:
     table = pq.read_table(finished / "results.parquet")
     pq.write_table(table.select(SCHEMA.names), tmp_path / "results.parquet")
-    with pytest.raises(RunDirectoryError, match="no column 'option'"):
+    with pytest.raises(RunDirectoryError, match="no column 'log_size'"):
         read_trials(tmp_path / "results.parquet", {})
     (tmp_path / "results.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunDirectoryError, match="not Parquet"):
@@ -262,6 +262,54 @@ def test_a_failing_trial_costs_no_other_its_results(monkeypatch: pytest.MonkeyPa
     assert {rule for row in ours for rule in row["choice"].split()} == {DEFAULT, "judge", "ndcg", "snips", "truth"}
 
 
+# -------------------------------------------------------------------------------------------------------- log sizes
+
+
+def test_every_log_size_is_a_table_of_its_own(tmp_path: Path) -> None:
+    config = replace(SMOKE, agents=("BC", REFERENCE, "ASFT", "CQL"), noise_levels=(0.0,), log_sizes=(30, 60))
+    suite = Offline(config)
+    assert [cell.name for cell in suite.cells()] == ["noise-0-seed-0-users-30", "noise-0-seed-0-users-60"]
+    outcome = run(suite, tmp_path / "run", workers=1, console=quiet())
+    assert outcome.failures == []
+    found = read_trials(tmp_path / "run" / "results.parquet", read_json(tmp_path / "run" / "config.json"))
+    assert [trials.log_size for trials in found.values()] == [30, 60]
+    small, large = (trials.of("BC", DEFAULT, "nll_logged") for trials in found.values())
+    assert small.shape == large.shape == (1, 1)
+    assert small != large
+    page, lines = write_table2(tmp_path / "run")
+    html = page.read_text()
+    assert html.count("Table 2, every agent at its default") == 2
+    for size in (30, 60):
+        assert f"recsim_gr/WatchTime-v0 · watch_time · {size} training users" in html
+        assert f"recsim_gr/WatchTime-v0 · watch_time · {size} training users:" in lines
+    assert {"promise.svg", "promise-2.svg"} <= {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+
+
+def test_a_log_has_as_many_users_as_the_cell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Stop(Exception):
+        pass
+
+    def spied(self: Laboratory, config: OfflineConfig, *_: Any) -> None:
+        sizes.append(config.n_users)
+        raise Stop
+
+    monkeypatch.setattr(Laboratory, "__init__", spied)
+    for config in (SMOKE, replace(SMOKE, log_sizes=(30, 60))):
+        suite = Offline(replace(config, noise_levels=(0.0,)))
+        for cell in suite.cells():
+            with pytest.raises(Stop):
+                suite.run_cell(cell, lambda share, doing: None)
+    assert sizes == [150, 30, 60]
+
+
+@pytest.mark.parametrize("sizes", [(60, 30), (30, 30), (1,), (30.5,)])
+def test_log_sizes_that_make_no_sense_are_refused(sizes: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match="log_sizes"):
+        replace(SMOKE, log_sizes=sizes)
+
+
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
@@ -281,9 +329,11 @@ def test_a_row_has_all_columns_of_its_table_or_is_none() -> None:
     row = {"suite": "offline", "env": "e", "agent": "BC", "config_id": "1", "reward_noise": 0.0, "noise_model": "n",
            "reliability": None, "seed": 0, "metric": "m", "value": 1.0}  # fmt: skip
     assert is_row(row)
-    assert is_row({**row, "option": "", "strength": None, "choice": ""})
-    assert not is_row({**row, "option": "", "strength": None})
-    assert not is_row({**row, "option": None, "strength": None, "choice": ""})
+    trial = {**row, "log_size": 100, "option": "", "strength": None, "choice": ""}
+    assert is_row(trial)
+    assert not is_row({name: value for name, value in trial.items() if name != "choice"})
+    assert not is_row(trial | {"option": None})
+    assert not is_row(trial | {"log_size": 100.5})
 
 
 def test_sweeping_is_an_option_of_this_suite_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from recsim_gr.benchmarks.offline_choices import DEFAULT
-from recsim_gr.benchmarks.offline_report import statements, table2
+from recsim_gr.benchmarks.offline_report import regions, statements, table2
 from recsim_gr.benchmarks.offline_statements import (
     FAILS,
     HOLDS,
@@ -166,3 +166,17 @@ def test_tables_mark_what_is_sure_and_tell_the_truth_in_italics() -> None:
     assert '<tr><th class="learner"' in html
     assert f">{REFERENCE}</th><td" not in html
     assert "“A-SFT improves most”" in statements(made, DEFAULT)
+
+
+def test_regions_tell_each_verdict_in_its_place() -> None:
+    sure, lost = {"value_top10": about(0.5)}, {"value_top10": about(-0.5)}
+    other = {"value_top10": 0.1}
+    found = {"small": trials(1, 3, ASFT=sure, CQL=other), "large": trials(1, 3, ASFT=lost, CQL=other)}
+    html = regions(found)
+    start = html.index("A-SFT improves satisfaction most <small>in truth, ASFT")
+    row = html[start : html.index("</tr>", start)]
+    holds, fails = row.index('class="yes"'), row.index('class="no"')
+    assert holds < fails
+    assert "above CQL" in row[:fails]
+    assert html.index("small") < html.index("large")
+    assert '<th colspan="1">small</th>' in html

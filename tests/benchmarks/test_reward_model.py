@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from recsim_gr.benchmarks import RewardModel
+from recsim_gr.benchmarks.experiment import log_sizes_of
 from recsim_gr.benchmarks.report import read_results
 from recsim_gr.benchmarks.reward_model import Bench
 from recsim_gr.benchmarks.reward_model_measures import (
@@ -317,7 +318,7 @@ def test_a_replayed_world_gives_all_the_users_it_has(tmp_path: Path) -> None:
     np.savez(tmp_path / "ratings.npz", ratings=np.random.default_rng(0).random((300, 30)))
     config = replace(SMOKE, world="replay", data=str(tmp_path / "ratings.npz"), log_sizes=(40, 5_000, 9_000))
     suite = RewardModel(config)
-    small, all_there_are = suite.log_sizes()
+    small, all_there_are = log_sizes_of(suite.config, suite.config.log_sizes)
     assert small == 40 < all_there_are < 300
     assert len(suite.cells()) == 2 * 2 * 2
     bench = Bench(config, 0.0, 0, all_there_are)
