@@ -19,6 +19,7 @@ from recsim_gr.configs import require
 from recsim_gr.errors import RecsimError
 from recsim_gr.estimators import effective_sample_size, estimate_from, logged_terms
 from recsim_gr.log import InteractionLog
+from recsim_gr.logged_truth import log_truth
 from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.scoring import Examination
 from recsim_gr.training import TrainingConfig
@@ -285,11 +286,13 @@ class Selection:
         contexts = world.contexts_of(world.users("validation", n, offset))
         rollouts = config.rollout_contexts
         self.examination = Examination(world, contexts, laboratory.judge, None, laboratory.seed, rollouts)
-        log = world.generate_log(n, "validation", expose_propensities=True, offset=offset)
-        self.log: InteractionLog = replace(log, provenance=None)
+        self._world = world
+        self._log_of_world = world.generate_log(n, "validation", expose_propensities=True, offset=offset)
+        self.log: InteractionLog = replace(self._log_of_world, provenance=None)
 
     def figures(self, agent: Agent) -> dict[str, float]:
-        """`ON_VALIDATION`, and the estimate of the score from the log of the same users."""
+        """`ON_VALIDATION`, the estimate of the score from the log of the same users, and what it should have said: the
+        exact mean over the log's own contexts, which are all prefixes and no full histories."""
         found = self.examination.evaluate(agent).metrics
         found = {f"validation_{name}": found[name] for name in ON_VALIDATION}
         if agent.referee:  # answers only where the truth is known, so not on a log
@@ -298,6 +301,8 @@ class Selection:
         assert terms.weights is not None
         found["validation_snips"] = found["validation_snips_se"] = float("nan")
         found["validation_snips_share"] = effective_sample_size(terms.weights) / len(terms.weights)
+        exact = log_truth(self._world, agent, self._log_of_world).score_value
+        found["validation_snips_target"] = float(exact.mean())
         try:
             estimate = estimate_from(terms, "snips")
         except RecsimError:  # no logged title has weight: the log does not tell about this policy

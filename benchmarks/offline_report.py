@@ -50,7 +50,7 @@ from recsim_gr.benchmarks.offline_wording import (
 )
 from recsim_gr.benchmarks.page import config_table, document, figure_element, folded, number, p_value, signed, table
 from recsim_gr.benchmarks.report import javascript, read_run, remove_stale, write_figure
-from recsim_gr.benchmarks.statistics import t_interval
+from recsim_gr.benchmarks.statistics import FloatArray, t_interval
 from recsim_gr.files import write_text
 from recsim_gr.scoring import METRICS
 
@@ -77,7 +77,7 @@ def table2(trials: Trials, rule: str) -> str:
                 continue
             body.append(f"<tr>{agent_cell(trials, agent)}")
             for metric in columns:
-                body.append(_percent_cell(found[metric][agent], level, metric not in STUDY))
+                body.append(_percent_cell(found[metric][agent], level, metric not in STUDY, trials.shape[1]))
                 if metric == "judge_return":
                     body.append(_deviation_cell(trials, agent, rule, level))
             body.append("</tr>")
@@ -106,13 +106,16 @@ def _table2_head() -> str:
     return f"<tr><th>% over {REFERENCE}</th>{''.join(heads)}<th><i>true top-10 value</i></th></tr>"
 
 
-def _percent_cell(found: Percentage, level: int, truth: bool) -> str:
+def _percent_cell(found: Percentage, level: int, truth: bool, n_seeds: int) -> str:
     mean, half, p = (float(values[level]) for values in (found.mean, found.half, found.p))
     if not np.isfinite(mean):
         return "<td>–</td>"
     sure = np.isfinite(p) and p <= SIGNIFICANT
     shown = f"<b>{percent(mean)}</b>" if sure else percent(mean)
-    spread = f"<small>± {half:.1f}</small>" if np.isfinite(half) else ""
+    spread = f"± {half:.1f}" if np.isfinite(half) else ""
+    if found.n_seeds[level] < n_seeds:
+        spread += f" of {found.n_seeds[level]} seeds"
+    spread = f"<small>{spread.strip()}</small>" if spread else ""
     tip = f' title="{p_value(p)}"' if np.isfinite(p) else ""
     mark = ' class="best"' if sure and mean > 0 else ""
     return f"<td{mark}{tip}>{f'<i>{shown}</i>' if truth else shown}{spread}</td>"
@@ -155,6 +158,8 @@ _STATEMENT_HEAD = (
 def _statement_rows(statement: Statement, trials: Trials, rule: str) -> str:
     kind = "as the study could see it" if statement.seen else "in truth"
     title = f"{escape(statement.claim)} <small>{kind}: {escape(statement.meaning)}</small>"
+    if unasked := statement.unasked(trials):
+        title += f" <small>not asked against {escape(', '.join(unasked))}, which the run leaves out</small>"
     found = verdicts(statement, trials, rule)
     rows = "".join(_verdict_row(verdict, trials) for verdict in found)
     missing = '<tr><td colspan="6" class="text">agents are missing</td></tr>'
@@ -170,7 +175,7 @@ def _verdict_row(verdict: Verdict, trials: Trials) -> str:
     left = len(verdict.parts) - len(parts)
     behind = "; ".join(parts) + (f"; and {left} more" if left else "")
     p = "".join(f"<td>{number(value)}</td>" for value in (verdict.p_holds, verdict.p_fails))
-    word = said(verdict.word, trials)
+    word = said(verdict.word, verdict.n_seeds)
     shown = f"<b>{word}</b>" if verdict.word in (HOLDS, FAILS) else word
     return (
         f"<tr><th>{level_name(trials, verdict.level)}</th><td class='text'>{escape(verdict.agent)}</td>"
@@ -215,7 +220,7 @@ def regions(found: Mapping[str, Trials]) -> str:
 def _region_cell(verdict: Verdict, trials: Trials) -> str:
     word, kind = REGION.get(verdict.word, ("–", ""))
     title, mean, half = verdict.parts[0]
-    tip = f"{said(verdict.word, trials)}: {title} {signed(mean, half)}"
+    tip = f"{said(verdict.word, verdict.n_seeds)}: {title} {signed(mean, half)}"
     return f'<td class="{kind}" title="{escape(tip)}">{word}</td>'
 
 
@@ -239,9 +244,11 @@ def regret_table(trials: Trials) -> str:
     return table(f"<tr><th>true top-10 value lost</th>{heads}</tr>", "".join(body), "headline")
 
 
-def _lost(regrets: Any) -> str:
-    mean, half, _ = t_interval(regrets)
-    return number(float(mean)) + (f" ± {number(float(half))}" if np.isfinite(half) else "")
+def _lost(regrets: FloatArray) -> str:
+    """Mean and interval over the worlds in which there is a choice, and their number where it is not all."""
+    mean, half, n = t_interval(regrets)
+    shown = number(float(mean)) + (f" ± {number(float(half))}" if np.isfinite(half) else "")
+    return shown + (f" ({n} of {len(regrets)})" if 0 < n < len(regrets) else "")
 
 
 def _regret_cell(trials: Trials, agent: str, rule: str, level: int) -> str:
@@ -257,13 +264,13 @@ def _regret_cell(trials: Trials, agent: str, rule: str, level: int) -> str:
 def selection_lines(trials: Trials) -> list[str]:
     """What the choices cost, and how many stand at an end of their grid, rule by rule."""
     lines = []
-    worlds = trials.shape[0] * trials.shape[1]
     for rule in trials.rules:
         over_seeds = t_interval(mean_regret(trials, rule).T)[0]
+        taken = sum(int(np.isfinite(trials.strength(agent, rule)).sum()) for agent in trials.selected)
         line = f"Strength by {RULE_NAMES[rule]}: true top-10 value lost {_lost(over_seeds)}"
         ends = np.array([trials.at_the_end(agent, rule) for agent in trials.selected]).sum(axis=0)
         if rule != DEFAULT:
-            line += f"; at the weakest end {ends[0]}, at the strongest {ends[1]} of {worlds * len(trials.selected)}"
+            line += f"; at the weakest end {ends[0]}, at the strongest {ends[1]} of {taken}"
         if rule == "judge_ndcg":
             line += f"; in {sum(map(trials.short_of_ndcg, trials.selected))} no strength keeps 95 % of NDCG@10"
         lines.append(line)

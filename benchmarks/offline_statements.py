@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recsim_gr.benchmarks.offline_trials import REFERENCE, Trials
-from recsim_gr.benchmarks.statistics import ROBUST_SEEDS, FloatArray, holm, t_interval, t_test
+from recsim_gr.benchmarks.offline_trials import REFERENCE, Trials, whole_family
+from recsim_gr.benchmarks.statistics import ROBUST_SEEDS, FloatArray, t_interval, t_test
 
 SIGNIFICANT = 0.05
 
@@ -51,6 +51,7 @@ class Statement:
         meaning: what is tested.
         agents: of whom it is said.
         parts: (trials, rule, agent) to the conjunction; empty where agents are missing.
+        against: the agents that the claim compares with.
     """
 
     claim: str
@@ -58,10 +59,16 @@ class Statement:
     meaning: str
     agents: Callable[[Trials], Sequence[str]]
     parts: Callable[[Trials, str, str], list[Part]]
+    against: Sequence[str] = ()
+
+    def unasked(self, trials: Trials) -> list[str]:
+        """Agents that the claim names and the run leaves out."""
+        return [name for name in self.against if name not in (*trials.agents, *trials.failed)]
 
 
 def _others(trials: Trials, names: Sequence[str], agent: str) -> list[str]:
-    return [other for other in names if other in trials.agents and other != agent]
+    """Those that take part; one that has no result leaves a comparison without one, and so the verdict."""
+    return [other for other in names if other in (*trials.agents, *trials.failed) and other != agent]
 
 
 def _better(metric: str, than: Callable[[Trials], Sequence[str]]) -> Callable[[Trials, str, str], list[Part]]:
@@ -119,7 +126,7 @@ def _in_the_study(trials: Trials) -> Sequence[str]:
 
 
 def _all(trials: Trials) -> Sequence[str]:
-    return trials.competitors
+    return (*trials.competitors, *trials.failed_competitors)
 
 
 STATEMENTS: Mapping[str, tuple[Statement, ...]] = {
@@ -127,15 +134,17 @@ STATEMENTS: Mapping[str, tuple[Statement, ...]] = {
         Statement(
             "A-SFT improves the ranking of logged titles most", True,
             "NDCG@10 on users of high score, above each of the study's others here", _only(OURS),
-            _better(OFFLINE, _in_the_study),
+            _better(OFFLINE, _in_the_study), IN_THE_STUDY,
         ),
         Statement(
             "A-SFT improves the judge's score most", True,
             "judge's return, above each of the study's others here", _only(OURS), _better(JUDGE, _in_the_study),
+            IN_THE_STUDY,
         ),
         Statement(
             "A-SFT improves satisfaction most", False,
             "true top-10 value, above each of the study's others here", _only(OURS), _better(HEADLINE, _in_the_study),
+            IN_THE_STUDY,
         ),
         Statement(
             "A-SFT improves satisfaction most, of all agents here", False,
@@ -162,11 +171,12 @@ STATEMENTS: Mapping[str, tuple[Statement, ...]] = {
     "CQL is more robust but leaves signal unused": (
         Statement(
             "CQL keeps a better ranking of logged titles than PPO, DPO and IPO", True,
-            "NDCG@10 above each of theirs", _only(Q), _better(OFFLINE, lambda trials: CLIMBERS),
+            "NDCG@10 above each of theirs", _only(Q), _better(OFFLINE, lambda trials: CLIMBERS), CLIMBERS,
         ),
         Statement(
             "CQL promises less that is not kept", False,
             "judge's gain beyond the true expected score's, below each of theirs", _only(Q), _keeps_its_promise,
+            CLIMBERS,
         ),
         Statement(
             "CQL leaves judge's score that A-SFT finds", True,
@@ -201,7 +211,8 @@ class Verdict(NamedTuple):
         agent, level: of whom, and where.
         word: an index of `WORDS`.
         p_holds, p_fails: of the statement and of its contrary, after Holm's correction.
-        parts: title, mean and half of the 95 % interval of each part, the lowest mean first.
+        parts: title, mean and half of the 95 % interval of each part, one without a result first, then the lowest mean.
+        n_seeds: that the part with fewest has.
     """
 
     agent: str
@@ -210,6 +221,7 @@ class Verdict(NamedTuple):
     p_holds: float
     p_fails: float
     parts: tuple[tuple[str, float, float], ...]
+    n_seeds: int
 
 
 def verdicts(statement: Statement, trials: Trials, rule: str) -> list[Verdict]:
@@ -220,9 +232,17 @@ def verdicts(statement: Statement, trials: Trials, rule: str) -> list[Verdict]:
         levels = range(len(trials.noise)) if parts else ()
         cases += [(agent, level, [part.differences[level] for part in parts], parts) for level in levels]
     tested = [_conjunction(differences) for _, _, differences, _ in cases]
-    p_holds, p_fails = (holm([p[k] for p in tested]) for k in (0, 1))
+    p_holds, p_fails = (whole_family(np.array([p[k] for p in tested])) for k in (0, 1))
     return [
-        Verdict(agent, level, _word(holds, fails, differences), holds, fails, _shown(parts, level))
+        Verdict(
+            agent,
+            level,
+            _word(holds, fails, differences),
+            holds,
+            fails,
+            _shown(parts, level),
+            min(int(np.isfinite(values).sum()) for values in differences),
+        )
         for (agent, level, differences, parts), holds, fails in zip(
             cases, p_holds.tolist(), p_fails.tolist(), strict=True
         )
@@ -254,7 +274,7 @@ def _shown(parts: Sequence[Part], level: int) -> tuple[tuple[str, float, float],
     for part in parts:
         mean, half, _ = t_interval(part.differences[level])
         found.append((part.title, float(mean), float(half)))
-    return tuple(sorted(found, key=lambda part: part[1] if np.isfinite(part[1]) else np.inf))
+    return tuple(sorted(found, key=lambda part: part[1] if np.isfinite(part[1]) else -np.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------- wording
@@ -273,10 +293,10 @@ def caution(trials: Trials) -> str:
     return f"{n} seeds. Undecided means that they cannot tell, not that there is no difference."
 
 
-def said(word: int, trials: Trials) -> str:
+def said(word: int, n_seeds: int) -> str:
     """A verdict in words; with few seeds a test that passes says so only of them."""
-    n = len(trials.seeds)
-    return f"{WORDS[word]} ({n} seeds)" if word in (HOLDS, FAILS) and n < ROBUST_SEEDS else WORDS[word]
+    few = word in (HOLDS, FAILS) and n_seeds < ROBUST_SEEDS
+    return f"{WORDS[word]} ({n_seeds} seeds)" if few else WORDS[word]
 
 
 def sentence(statement: Statement, found: Sequence[Verdict], trials: Trials) -> str:
@@ -287,13 +307,16 @@ def sentence(statement: Statement, found: Sequence[Verdict], trials: Trials) -> 
     told = []
     for agent in dict.fromkeys(verdict.agent for verdict in found):
         own = [verdict for verdict in found if verdict.agent == agent]
-        parts = [
-            f"{said(word, trials)} at {_at([v.level for v in own if v.word == word], trials)}"
-            for word in range(len(WORDS))
-            if any(v.word == word for v in own)
-        ]
+        parts = []
+        for word in range(len(WORDS)):
+            levels = [verdict.level for verdict in own if verdict.word == word]
+            if levels:
+                n_seeds = min(verdict.n_seeds for verdict in own if verdict.word == word)
+                parts.append(f"{said(word, n_seeds)} at {_at(levels, trials)}")
         told.append(f"{agent} {'; '.join(parts)}")
-    return f"{statement.claim} ({who}): " + ". ".join(told)
+    unasked = statement.unasked(trials)
+    left_out = f". Not asked against {', '.join(unasked)}, which the run leaves out" if unasked else ""
+    return f"{statement.claim} ({who}): " + ". ".join(told) + left_out
 
 
 def _at(levels: Sequence[int], trials: Trials) -> str:

@@ -35,6 +35,7 @@ class Trials:
         chosen: (agent, rule) to (N, S) places in ``strengths``, -1 where the rule took none.
         informed: agents that know more than a log holds: references, no competitors.
         swept: agent to the strengths that rules chose from, from the weakest to the strongest.
+        failed: agents that the run asked for, and that have no result here.
         env, noise_model: which kind of world.
         log_size: training users.
     """
@@ -50,6 +51,7 @@ class Trials:
     chosen: Mapping[tuple[str, str], np.ndarray]
     informed: tuple[str, ...] = ()
     swept: Mapping[str, tuple[float, ...]] | None = None
+    failed: tuple[str, ...] = ()
     env: str = ""
     noise_model: str = ""
     log_size: int = 0
@@ -68,10 +70,15 @@ class Trials:
     @property
     def competitors(self) -> tuple[str, ...]:
         """Those that a claim is made about: they learn, from what a practitioner has. The reference is one."""
-        return tuple(agent for agent in ("BC", *learners_of(self.agents)) if self._competes(agent))
+        return tuple(agent for agent in ("BC", *learners_of(self.agents)) if self._competes(agent, self.agents))
 
-    def _competes(self, agent: str) -> bool:
-        return agent in self.agents and agent not in self.informed
+    @property
+    def failed_competitors(self) -> tuple[str, ...]:
+        """Those of them that have no result."""
+        return tuple(agent for agent in ("BC", *learners_of(self.failed)) if self._competes(agent, self.failed))
+
+    def _competes(self, agent: str, among: tuple[str, ...]) -> bool:
+        return agent in among and agent not in self.informed
 
     @property
     def ordered(self) -> tuple[str, ...]:
@@ -155,11 +162,13 @@ class Percentage:
         mean: over seeds of the percentages of each seed, which pair agent and reference.
         half: of the 95 % Student-t interval.
         p: two-sided, after Holm's correction over the level's competitors; NaN for others.
+        n_seeds: in which both have a result.
     """
 
     mean: FloatArray
     half: FloatArray
     p: FloatArray
+    n_seeds: np.ndarray
 
 
 def percent_over(values: FloatArray, reference: FloatArray) -> FloatArray:
@@ -173,11 +182,23 @@ def percentages(trials: Trials, rule: str, metric: str) -> dict[str, Percentage]
     base = trials.of(REFERENCE, DEFAULT, metric)
     over = {agent: percent_over(trials.of(agent, rule, metric), base) for agent in trials.agents}
     family = [agent for agent in trials.competitors if agent != REFERENCE]
-    p = np.array([t_test(over[agent])[0] for agent in family]).reshape(len(family), len(trials.noise))
-    adjusted = np.array([holm(p[:, level]) for level in range(len(trials.noise))]).T if family else p
+    n_failed = len(trials.failed_competitors)
     none = np.full(len(trials.noise), np.nan)
-    by_agent = dict(zip(family, adjusted, strict=True))
-    return {a: Percentage(*t_interval(values)[:2], by_agent.get(a, none)) for a, values in over.items()}
+    p = np.array([t_test(over[agent])[0] for agent in family] + [none] * n_failed)
+    adjusted = np.array([whole_family(p[:, level]) for level in range(len(trials.noise))]).T if family else p
+    by_agent = dict(zip(family, adjusted, strict=False))  # behind them those that have no result
+    found = {}
+    for agent, values in over.items():
+        mean, half, count = t_interval(values)
+        found[agent] = Percentage(mean, half, by_agent.get(agent, none), count)
+    return found
+
+
+def whole_family(p: FloatArray) -> FloatArray:
+    """Holm's correction in which a test without a result counts as one that was made: who fails must not make what
+    others show surer. NaN stays where it was."""
+    adjusted = holm(np.where(np.isnan(p), 1.0, p))
+    return np.where(np.isnan(p), np.nan, adjusted)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -209,14 +230,19 @@ def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
     parts: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         parts.setdefault((row["env"], row["noise_model"], row["log_size"]), []).append(row)
-    informed, swept = _informed(config), _swept(config)
+    asked, informed, swept = _asked(config), _informed(config), _swept(config)
     several = len({size for _, _, size in parts}) > 1
     return {
         f"{env} · {noise_model}" + (f" · {size:,} training users" if several else ""): replace(
-            _trials(of_part, informed, swept), env=env, noise_model=noise_model, log_size=size
+            _trials(of_part, asked, informed, swept), env=env, noise_model=noise_model, log_size=size
         )
         for (env, noise_model, size), of_part in sorted(parts.items())
     }
+
+
+def _asked(config: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = config.get("agent_configs")
+    return tuple(map(str, asked)) if isinstance(asked, dict) else ()
 
 
 def _informed(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -235,7 +261,10 @@ def _swept(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
 
 
 def _trials(
-    rows: Sequence[Mapping[str, Any]], informed: tuple[str, ...], swept: Mapping[str, tuple[float, ...]]
+    rows: Sequence[Mapping[str, Any]],
+    asked: tuple[str, ...],
+    informed: tuple[str, ...],
+    swept: Mapping[str, tuple[float, ...]],
 ) -> Trials:
     noise = sorted({row["reward_noise"] for row in rows})
     seeds = sorted({row["seed"] for row in rows})
@@ -264,5 +293,5 @@ def _trials(
     strengths = {agent: tuple(own.values()) for agent, own in tried.items()}
     return Trials(
         np.array(noise), t_interval(reliability)[0], tuple(seeds), tuple(tried), strengths, options, values, world,
-        chosen, informed, swept,
+        chosen, informed, swept, tuple(name for name in asked if name not in tried),
     )  # fmt: skip

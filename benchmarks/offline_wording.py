@@ -37,7 +37,7 @@ FIGURES_THEMSELVES = {
     "kl_ref": "KL",
     "entropy": "entropy",
     "validation_snips": "SNIPS",
-    "validation_score_value_sampled": "what SNIPS estimates",
+    "validation_snips_target": "what SNIPS estimates",
     "validation_snips_share": "share of the log that tells",
 }
 """Of the table of means: metric to heading."""
@@ -64,7 +64,9 @@ SELECTION = """Each competitor that has a strength was fitted at five values of 
 validation users show, world by world: users of the epochs of the log, of whom no test user is one. Lost: true top-10
 value of the best of the five in hindsight, on test users, less that of the one taken. ⚑: how many of the choices are
 the weakest or the strongest that was tried, so that the best may lie beyond. The judge that chooses is the judge of the
-table."""
+table. The best in hindsight is picked by the very figures of test users by which it is measured, luck of its training
+included: of five equal strengths a choice would lose something too. So rules are to be read against each other and
+against the truth on validation users, not against 0. The default may lie outside the five, and then be worth more."""
 
 REGRET_NOTE = """Right is worse: on test users, true top-10 value of an agent's best strength less that of the one that
 a rule took, mean over worlds. Black circles are the strength that the agent comes with."""

@@ -25,6 +25,7 @@ from recsim_gr.cli import main
 from recsim_gr.errors import ConfigError, RunDirectoryError, TrainingError
 from recsim_gr.estimators import estimate
 from recsim_gr.files import read_json
+from recsim_gr.logged_truth import log_truth
 
 FEW = ("Pretrained", "BC", REFERENCE, "ASFT", "ScoreOracle", "Oracle")
 SMOKE: OfflineConfig = replace(Offline.preset("smoke"), agents=FEW)
@@ -122,6 +123,11 @@ def test_figures_of_selection_are_those_of_the_parts(laboratory: Laboratory) -> 
     said = estimate(agent, selection.log, "snips")
     assert found[SNIPS] == said.value
     assert found["validation_snips_se"] == said.standard_error
+    # on the log's own contexts, of which the first have a history of nothing, and not where the judge's figures are
+    log = laboratory.world.generate_log(SMOKE.selection_users, "validation", offset=SMOKE.validation_users)
+    assert set(log.user.tolist()) == set(selection.log.user.tolist())
+    assert found["validation_snips_target"] == log_truth(laboratory.world, agent, log).score_value.mean()
+    assert found["validation_snips_target"] != found["validation_score_value_sampled"]
     assert found["validation_snips_share"] == pytest.approx(said.effective_sample_size / len(selection.log))
 
 

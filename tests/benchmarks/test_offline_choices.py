@@ -1,5 +1,6 @@
 """How strengths are chosen, and what a choice costs: by hand on made-up trials."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,8 @@ def test_percentages_by_hand_with_holm_over_competitors() -> None:
     p = [stats.ttest_1samp(x, 0).pvalue for x in ([10, 20, 30], [0, 10, -5])]
     assert found["ASFT"].p[0] == pytest.approx(2 * min(p))
     assert found["PPO"].p[0] == pytest.approx(max(p))
+    failed = percentages(replace(trials, failed=("CQL", "Random")), DEFAULT, "mrr")
+    assert failed["ASFT"].p[0] == pytest.approx(3 * min(p))  # who failed is in the family as before
     assert np.isnan(found["Random"].p[0])  # a baseline is no competitor: it has no part in the family
     assert found["Random"].mean[0] == pytest.approx(20.0)
     assert found[REFERENCE].mean[0] == 0

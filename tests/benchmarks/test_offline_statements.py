@@ -1,5 +1,6 @@
 """The study's statements on made-up rows: what holds, what does not, what three seeds cannot say."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,21 +118,24 @@ def test_robust_is_less_promised_that_is_not_kept() -> None:
     assert words(left, trials(1, 3, CQL={"value_top10": 0.1})) == []  # A-SFT is missing
 
 
+LEFT_OUT = ". Not asked against BC, CQL, PPO, RSDPO, RSIPO, which the run leaves out"
+
+
 def test_a_sentence_names_regions_and_a_caution_the_seeds() -> None:
     gain = np.concatenate([about(0.5), about(0.3), about(-0.5)])
     made = trials(3, 3, ASFT={"value_top10": gain})
     said = sentence(MOST[2], verdicts(MOST[2], made, DEFAULT), made)
     assert said == (
         "A-SFT improves satisfaction most (in truth): ASFT holds (3 seeds) at ν 0 (reliability 1.00), "
-        "ν 0.5 (reliability 0.50); does not hold (3 seeds) at ν 1 (reliability 0.00)"
+        "ν 0.5 (reliability 0.50); does not hold (3 seeds) at ν 1 (reliability 0.00)" + LEFT_OUT
     )
     whole = trials(2, 3, ASFT={"ndcg10": about(0.5, levels=2)})
     assert sentence(MOST[0], verdicts(MOST[0], whole, DEFAULT), whole).endswith(
-        "ASFT holds (3 seeds) at all 2 noise levels"
+        "ASFT holds (3 seeds) at all 2 noise levels" + LEFT_OUT
     )
     claimed = trials(1, 10, ASFT={"ndcg10": about(0.5, seeds=10)})
     assert sentence(MOST[0], verdicts(MOST[0], claimed, DEFAULT), claimed).endswith(
-        "ASFT holds at ν 0 (reliability 1.00)"
+        "ASFT holds at ν 0 (reliability 1.00)" + LEFT_OUT
     )
     assert "no claim" in caution(made)
     assert "no claim" not in caution(trials(1, 10, ASFT={}))
@@ -180,3 +184,35 @@ def test_regions_tell_each_verdict_in_its_place() -> None:
     assert "above CQL" in row[:fails]
     assert html.index("small") < html.index("large")
     assert '<th colspan="1">small</th>' in html
+
+
+def test_what_a_run_leaves_out_is_told_and_what_failed_leaves_no_verdict() -> None:
+    made = trials(1, 10, CQL={"ndcg10": about(0.5, seeds=10)}, RSDPO={"ndcg10": 0.1}, RSIPO={"ndcg10": 0.1})
+    assert words(ROBUST[0], made) == [HOLDS]
+    told = sentence(ROBUST[0], verdicts(ROBUST[0], made, DEFAULT), made)
+    assert told.endswith("Not asked against PPO, which the run leaves out")
+    assert "not asked against PPO" in statements(made, DEFAULT)
+    failed = replace(made, failed=("PPO",))
+    assert words(ROBUST[0], failed) == [MISSING]
+    assert "Not asked" not in sentence(ROBUST[0], verdicts(ROBUST[0], failed, DEFAULT), failed)
+    assert verdicts(ROBUST[0], failed, DEFAULT)[0].parts[0][0] == "above PPO"
+    ours = trials(1, 10, ASFT={"value_top10": about(0.5, seeds=10)})
+    assert words(MOST[3], ours) == [HOLDS]
+    assert words(MOST[3], replace(ours, failed=("Mine",))) == [MISSING]
+    assert words(MOST[3], replace(ours, failed=("Mine",), informed=("Mine",))) == [HOLDS]
+
+
+def test_few_seeds_of_one_comparison_are_told_in_a_run_of_many() -> None:
+    gain = about(0.5, seeds=10)
+    gain[0, 3:] = np.nan
+    made = trials(1, 10, ASFT={"judge_return": gain}, PPO={"judge_return": 0.1})
+    (found,) = verdicts(MOST[1], made, DEFAULT)
+    assert (found.word, found.n_seeds) == (HOLDS, 3)
+    assert "holds (3 seeds)" in sentence(MOST[1], [found], made)
+
+
+def test_a_test_without_result_makes_no_other_surer() -> None:
+    gain = np.concatenate([about(0.05, spread=0.025), np.full((1, 3), np.nan)])
+    # p = .037 alone; beside one that failed it is .074
+    assert words(MOST[2], trials(2, 3, ASFT={"value_top10": gain})) == [SEEMS, MISSING]
+    assert words(MOST[2], trials(1, 3, ASFT={"value_top10": gain[:1]})) == [HOLDS]
