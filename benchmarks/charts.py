@@ -525,10 +525,10 @@ def _together(concat: Callable[..., Any], *panels: Drawing | None, **how: Any) -
 
 
 def finished(drawing: Drawing, title: str, subtitle: str) -> Row:
-    """The specification of a chart with its heading and the report's look."""
+    """The specification of a chart with its heading, the lines of the subtitle below it, and the report's look."""
     heading = alt.TitleParams(
         title,
-        subtitle=[subtitle],
+        subtitle=subtitle.split("\n"),
         anchor="start",
         fontSize=15,
         fontWeight="bold",

@@ -61,11 +61,19 @@ def promise(trials: Trials, rule: str, subtitle: str, name: str) -> Figure | Non
         return None
     agents = [agent for agent in styles_of(tuple(judged)) if any(row["agent"] == agent for row in drawn)]
     across = _domain([row["x"] for row in drawn])
+    outside: list[str] = []
     x = _axis("x", "judge's gain", across)
     blocks: list[Any] = []
     owner = min(len(_levels(trials)), COLUMNS) - 1  # the last panel of the first row has the legend beside it
     for metric, title in PROMISE.items():
+        if not rows[metric]:
+            continue
         high = _domain([row["y"] for row in rows[metric]])
+        outside += [
+            f"{row['agent']} at ν {row['noise']:g}"
+            for row in rows[metric]
+            if not (across[0] <= row["x"] <= across[1] and high[0] <= row["y"] <= high[1])
+        ]
         diagonal = max(across[0], high[0]), min(across[1], high[1])  # as far as both axes go
         y = _axis("y", title, high)
         panels = [
@@ -76,6 +84,8 @@ def promise(trials: Trials, rule: str, subtitle: str, name: str) -> Figure | Non
         blocks.append(block.resolve_legend(color="independent", shape="independent"))
     chart = alt.vconcat(*blocks, spacing=26).resolve_legend(color="independent", shape="independent")
     title = f"What the judge says agents gain over {REFERENCE}, and what they truly gain, over three steps"
+    if outside:
+        subtitle += f"\nToo far out to be drawn: {', '.join(dict.fromkeys(outside))}"
     return Figure(name, title, finished(Drawing(chart, {}), title, subtitle))
 
 

@@ -224,9 +224,14 @@ def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
         lacks = f"no column {missing[0]!r}" if missing else "no row"
         raise RunDirectoryError(f"{path} has {lacks}, so it is no table of trials; run suite offline again")
     try:
-        rows = table.select(TRIAL_SCHEMA.names).cast(TRIAL_SCHEMA).to_pylist()
+        columns = table.select(TRIAL_SCHEMA.names).cast(TRIAL_SCHEMA)
+        rows = columns.to_pylist()
     except pa.ArrowException as error:
         raise RunDirectoryError(f"{path} has columns of other types ({error}); run suite offline again") from error
+    known = [name for name in TRIAL_SCHEMA.names if name not in ("reliability", "strength", "value")]
+    for name in known:
+        if columns.column(name).null_count:
+            raise RunDirectoryError(f"{path} has no {name} in some row; run suite offline again")
     parts: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         parts.setdefault((row["env"], row["noise_model"], row["log_size"]), []).append(row)

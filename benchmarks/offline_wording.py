@@ -58,7 +58,7 @@ below it over the seeds, of a world's mean. The study reports one below 4 %; ove
 PROMISE_NOTE = f"""Across: the judge's gain over {REFERENCE}. Up: the true gain over the same steps. On the diagonal of
 the first row the judge keeps its promise; below it, it promises what the titles do not score. Below the dashed line of
 the second row users are less satisfied than with {REFERENCE}'s titles. (Scores are compressed by noise, so that a gain
-in satisfaction may well be above the diagonal.) Points far outside are not drawn."""
+in satisfaction may well be above the diagonal.) Points too far outside are named above the picture."""
 
 SELECTION = """Each competitor that has a strength was fitted at five values of it, and a rule took one of them by what
 validation users show, world by world: users of the epochs of the log, of whom no test user is one. Lost: true top-10
@@ -66,7 +66,9 @@ value of the best of the five in hindsight, on test users, less that of the one 
 the weakest or the strongest that was tried, so that the best may lie beyond. The judge that chooses is the judge of the
 table. The best in hindsight is picked by the very figures of test users by which it is measured, luck of its training
 included: of five equal strengths a choice would lose something too. So rules are to be read against each other and
-against the truth on validation users, not against 0. The default may lie outside the five, and then be worth more."""
+against the truth on validation users, not against 0. The default may lie outside the five, and then be worth more.
+Where scores pile up at 5 (watch_time noise), several fractions of FilteredBC keep the same events, and several targets
+of ConditionedBC ask for the same score: their five trials are then two or three."""
 
 REGRET_NOTE = """Right is worse: on test users, true top-10 value of an agent's best strength less that of the one that
 a rule took, mean over worlds. Black circles are the strength that the agent comes with."""
@@ -79,7 +81,8 @@ STATEMENTS_NOTE = f"""Each is asked of the rows, at 5 %, by one-sided Student-t 
 It holds where every difference that it asks for is above 0 (p is the largest of theirs), it does not where one of them
 is below (p is the smallest times their number); Holm's correction is over the agents and noise levels of a statement.
 Undecided: neither. PPO, RSDPO and RSIPO stand for the study's PPO, DPO and IPO, {REFERENCE}, BC and CQL for its others.
-Log sizes (--log-sizes) are tested one by one."""
+Log sizes (--log-sizes) are tested one by one. Nothing is corrected over the statements of this page nor over the two
+directions: of statements about differences of exactly 0, one in ten would have a verdict."""
 
 COSTS = """Means over cells on the machine of the run. Preparing: pairs, rollouts, tables of the agent's own, in
 processor seconds. A step is what is left of the fit's processor time over gradient steps, with its share of the checks

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -232,6 +233,10 @@ def test_reading_a_table_of_another_suite_is_refused(tmp_path: Path, finished: P
         read_trials(tmp_path / "results.parquet", {})
     with pytest.raises(RunDirectoryError, match="missing"):
         read_trials(tmp_path / "none.parquet", {})
+    nobody = table.set_column(table.column_names.index("agent"), "agent", pa.nulls(len(table), pa.string()))
+    pq.write_table(nobody, tmp_path / "nobody.parquet")
+    with pytest.raises(RunDirectoryError, match="no agent in some row"):
+        read_trials(tmp_path / "nobody.parquet", {})
 
 
 def test_trials_as_arrays_are_the_rows(finished: Path, rows: list[dict[str, Any]]) -> None:

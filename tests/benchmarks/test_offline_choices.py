@@ -253,3 +253,21 @@ def test_percentages_by_hand_with_holm_over_competitors() -> None:
     assert np.isnan(found["Random"].p[0])  # a baseline is no competitor: it has no part in the family
     assert found["Random"].mean[0] == pytest.approx(20.0)
     assert found[REFERENCE].mean[0] == 0
+
+
+def test_who_is_too_far_out_to_be_drawn_is_named() -> None:
+    metrics = {"judge_return": [[3.0, 3.0]], "score_return": [[3.0, 3.0]], "value_return": [[4.0, 4.0]]}
+    near = {f"Near{k}": metrics | {"judge_return": [[3.0 + 0.01 * k] * 2]} for k in range(6)}
+    far = {"PPO": metrics | {"judge_return": [[9.0, 9.0]]}}
+    drawn = promise(table(**{REFERENCE: metrics}, **near, **far), DEFAULT, "three seeds", "promise")
+    assert drawn is not None
+    assert drawn.spec["title"]["subtitle"] == ["three seeds", "Too far out to be drawn: PPO at ν 0"]
+    drawn = promise(table(**{REFERENCE: metrics}, **near), DEFAULT, "three seeds", "promise")
+    assert drawn is not None
+    assert drawn.spec["title"]["subtitle"] == ["three seeds"]
+
+
+def test_a_table_without_a_truth_is_drawn_as_far_as_it_goes() -> None:
+    metrics = {"judge_return": [[3.0, 3.2]], "score_return": [[3.0, 3.0]]}
+    drawn = promise(table(**{REFERENCE: metrics, "PPO": metrics}), DEFAULT, "", "promise")
+    assert drawn is not None
