@@ -209,12 +209,26 @@ def regions(found: Mapping[str, Trials]) -> str:
                 places = ((name, level) for name, trials in found.items() for level in range(len(trials.noise)))
                 row = "".join(of_agent.get(place, "<td>–</td>") for place in places)
                 claim = f"{escape(statement.claim)} <small>{kind}, {escape(agent)}</small>"
-                body.append(f"<tr><th class='text'>{claim}</th>{row}</tr>")
+                body.append(f"<tr><th class='text claim'>{claim}</th>{row}</tr>")
         body.append("</tbody>")
-    parts = "".join(f'<th colspan="{len(trials.noise)}">{escape(name)}</th>' for name, trials in found.items())
-    levels = "".join(f"<th>{level_name(t, level)}</th>" for t in found.values() for level in range(len(t.noise)))
+    told = _differing([trials.title for trials in found.values()])
+    parts = "".join(
+        f'<th colspan="{len(trials.noise)}">{escape(title)}</th>'
+        for title, trials in zip(told, found.values(), strict=True)
+    )
+    levels = "".join(
+        f'<th title="{level_name(t, level)}">ν {t.noise[level]:g}</th>'
+        for t in found.values()
+        for level in range(len(t.noise))
+    )
     head = f"<tr><th></th>{parts}</tr><tr><th class='text'>at the default strengths</th>{levels}</tr>"
     return table(head, "".join(body))
+
+
+def _differing(titles: Sequence[Sequence[str]]) -> list[str]:
+    """What tells titles apart: their parts that are not the same in all; of a single one everything."""
+    kept = [k for k, parts in enumerate(zip(*titles, strict=True)) if len(set(parts)) > 1 or len(titles) == 1]
+    return [" · ".join(title[k] for k in kept) for title in titles]
 
 
 def _region_cell(verdict: Verdict, trials: Trials) -> str:
@@ -377,7 +391,9 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
     lines: list[str] = []
     written: set[str] = set()
     found = read_trials(run_dir / "results.parquet", run.config)
-    body += ["<h2>Where each statement of the study holds</h2>", f"<p class='note'>{REGIONS_NOTE}</p>", regions(found)]
+    fewest = caution(min(found.values(), key=lambda trials: len(trials.seeds)))
+    body += ["<h2>Where each statement of the study holds</h2>", f"<p class='note'><b>{escape(fewest)}</b></p>"]
+    body += [f"<p class='note'>{REGIONS_NOTE}</p>", regions(found)]
     for k, (name, trials) in enumerate(found.items()):
         suffix, subtitle = f"-{k + 1}" if k else "", _subtitle(run.config, trials)
         pictures = []

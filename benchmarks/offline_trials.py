@@ -57,6 +57,11 @@ class Trials:
     log_size: int = 0
 
     @property
+    def title(self) -> tuple[str, str, str]:
+        """Which part of a run it is, in words."""
+        return self.env, self.noise_model, f"{self.log_size:,} training users"
+
+    @property
     def shape(self) -> tuple[int, int]:
         """N, S."""
         return len(self.noise), len(self.seeds)
@@ -236,13 +241,12 @@ def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
     for row in rows:
         parts.setdefault((row["env"], row["noise_model"], row["log_size"]), []).append(row)
     asked, informed, swept = _asked(config), _informed(config), _swept(config)
-    several = len({size for _, _, size in parts}) > 1
-    return {
-        f"{env} · {noise_model}" + (f" · {size:,} training users" if several else ""): replace(
-            _trials(of_part, asked, informed, swept), env=env, noise_model=noise_model, log_size=size
-        )
+    found = [
+        replace(_trials(of_part, asked, informed, swept), env=env, noise_model=noise_model, log_size=size)
         for (env, noise_model, size), of_part in sorted(parts.items())
-    }
+    ]
+    shown = 3 if len({trials.log_size for trials in found}) > 1 else 2
+    return {" · ".join(trials.title[:shown]): trials for trials in found}
 
 
 def _asked(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -489,7 +489,7 @@ tr.level th { padding-top: 14px; font-weight: 600; } th.reference { font-weight:
 th.ceiling, th.baseline { color: #777; }
 th i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 8px; }
 th small { color: #777; font-size: 12px; font-weight: 400; margin-left: 4px; }
-td.text, th.text { text-align: left; white-space: normal; }
+td.text, th.text { text-align: left; white-space: normal; } th.claim { min-width: 300px; }
 .headline td span, .headline td small { display: block; line-height: 1.35; }
 .headline td small { color: #777; }
 .headline th small { display: block; } .headline td { vertical-align: top; }

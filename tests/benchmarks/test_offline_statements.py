@@ -175,15 +175,18 @@ def test_tables_mark_what_is_sure_and_tell_the_truth_in_italics() -> None:
 def test_regions_tell_each_verdict_in_its_place() -> None:
     sure, lost = {"value_top10": about(0.5)}, {"value_top10": about(-0.5)}
     other = {"value_top10": 0.1}
-    found = {"small": trials(1, 3, ASFT=sure, CQL=other), "large": trials(1, 3, ASFT=lost, CQL=other)}
+    found = {
+        name: replace(trials(1, 3, ASFT=ours, CQL=other), env="e", noise_model="n", log_size=size)
+        for name, ours, size in (("small", sure, 1_000), ("large", lost, 4_000))
+    }
     html = regions(found)
     start = html.index("A-SFT improves satisfaction most <small>in truth, ASFT")
     row = html[start : html.index("</tr>", start)]
     holds, fails = row.index('class="yes"'), row.index('class="no"')
     assert holds < fails
     assert "above CQL" in row[:fails]
-    assert html.index("small") < html.index("large")
-    assert '<th colspan="1">small</th>' in html
+    assert html.index('<th colspan="1">1,000 training users</th>') < html.index("4,000 training users")
+    assert '<th colspan="1">e · n · 1,000 training users</th>' in regions({"small": found["small"]})
 
 
 def test_what_a_run_leaves_out_is_told_and_what_failed_leaves_no_verdict() -> None:
