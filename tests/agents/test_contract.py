@@ -407,13 +407,15 @@ def test_it_stops_on_validation_users(
     name: str, make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble
 ) -> None:
     """The same steps on the same users: the objective is that of whoever is held out."""
-    objectives = []
-    for held_out in (log.rows(slice(0, 60)), log.rows(slice(60, 150))):
-        told: list[float] = []
+    objectives: list[list[float]] = [[], []]
+    for noted, held_out in zip(objectives, (log.rows(slice(0, 60)), log.rows(slice(60, 150))), strict=True):
+
+        def note(step: int, objective: float, noted: list[float] = noted) -> None:
+            noted.append(objective)
+
         agent = make(name, training=TrainingConfig(steps=2, batch_users=16, warmup_steps=1, checks=1))
-        agent.fit(log, backbone, rewards, held_out, after_check=lambda step, value, told=told: told.append(value))  # type: ignore[misc]
-        objectives.append(told[-1])
-    assert abs(objectives[0] - objectives[1]) > 1e-6
+        agent.fit(log, backbone, rewards, held_out, after_check=note)
+    assert abs(objectives[0][-1] - objectives[1][-1]) > 1e-6
 
 
 def test_defaults_are_the_same_for_all() -> None:

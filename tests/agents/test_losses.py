@@ -557,13 +557,14 @@ def test_every_option_reaches_the_loss(
         log_probs.append(own[title])
     value, user = np.array(values), np.array(users)
     of_user = np.bincount(user, ragged.score) / np.bincount(user)
-    baseline = {"policy": np.array(by_policy), "user": of_user[user], "batch": value.mean()}[config.baseline]
-    advantage = value - baseline
-    weight = {
+    baselines: dict[str, Any] = {"policy": np.array(by_policy), "user": of_user[user], "batch": value.mean()}
+    advantage = value - baselines[config.baseline]
+    weights: dict[str, Any] = {
         "exp": np.minimum(np.exp(advantage / config.beta), config.clip),
         "linear": np.clip(1 + advantage / config.beta, 0, config.clip),
         "binary": (advantage > 0).astype(float),
-    }[config.weight]
+    }
+    weight = weights[config.weight]
     expected = -(weight / weight.mean() * np.array(log_probs)).mean()
     got = batch_loss(ASFT(**options), backbone, ragged, parts)
     assert got == pytest.approx(expected, abs=2e-3)
