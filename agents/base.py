@@ -69,6 +69,10 @@ class FitRecord:
     preparation_seconds: float = field(default=0.0, compare=False)
 
 
+RECORDED = tuple(f.name for f in fields(FitRecord) if f.compare)
+"""What of a record is kept with an agent."""
+
+
 @dataclass(frozen=True)
 class Strength:
     """Which option decides how far an agent goes from imitation towards its rewards.
@@ -77,7 +81,8 @@ class Strength:
         option: of the agent's config.
         rises: whether a higher value is stronger; a temperature or a penalty is stronger where it is lower.
         values: what is tried, from the weakest to the strongest; by default the option's default, doubled and halved
-            twice, so that all agents have as many trials over as wide a range, and none was chosen.
+            twice, so that all agents have as many trials over as wide a range, and none was chosen. (Trials may come to
+            the same where scores are tied: see `FilteredBCConfig.fraction` and `ConditionedBCConfig.target`.)
     """
 
     option: str
@@ -254,7 +259,8 @@ class Agent(ABC):
             raise CheckpointError(f"{self.name} keeps nothing, but the checkpoint holds something")
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``agent.json`` and ``agent.safetensors`` into a directory.
+        """Writes ``agent.json`` and ``agent.safetensors`` into a directory: what was learned and how far it went, but
+        for the times, so that equal agents have equal files.
 
         Raises:
             RunDirectoryError: it cannot be written.
@@ -262,6 +268,7 @@ class Agent(ABC):
         directory = Path(directory)
         save_tensors(directory / "agent.safetensors", self.state())
         about = {"agent": self.name, "config": configs.to_dict(self.config), "shape": self.shape()}
+        about["record"] = {name: getattr(self.record, name) for name in RECORDED}
         write_json(directory / "agent.json", about)
 
 
@@ -281,6 +288,8 @@ def load_agent(directory: str | Path) -> Agent:
             values["training"] = configs.from_dict(TrainingConfig, values["training"])
         agent = kind(configs.from_dict(kind.config_type, values))
         agent.restore(about["shape"], load_file(directory / "agent.safetensors"))
+        known = about.get("record", {})  # files of earlier versions hold none
+        agent.record = FitRecord(**{name: int(known.get(name, 0)) for name in RECORDED})
     except RecsimError:
         raise
     except BROKEN as error:
@@ -435,6 +444,19 @@ def required_parts(agent: Agent, log: AnyLog, backbone: Backbone | None, rewards
     return Parts(reference, rewards)
 
 
+def require_catalogue(observations: Observations, n_titles: int) -> None:
+    """Refuses contexts over another catalogue than the policy's, whose padding would be a title of it.
+
+    Raises:
+        ConfigError: names both sizes.
+    """
+    if observations.n_titles != n_titles:
+        raise ConfigError(
+            f"the policy is over {n_titles} titles, and the contexts that it is asked about over "
+            f"{observations.n_titles}; both must come from one catalogue"
+        )
+
+
 def mean_loss(loss: Callable[[Batch], Tensor], histories: HistorySource) -> float:
     """The mean of a loss over all users of a log, weighted by events."""
     total, events = 0.0, 0
@@ -463,10 +485,21 @@ def fit_record(record: TrainingRecord, samples: int = 0) -> FitRecord:
 
 @torch.no_grad()
 def last_logits(
-    score: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Observations, chunk: int = 512
+    score: Callable[[Tensor, Tensor, Tensor], Tensor], observations: Observations, n_titles: int, chunk: int = 512
 ) -> Tensor:
-    """(n, I) scores of all titles after the whole histories, -inf where seen or not out yet."""
-    parts = []
+    """(n, I) scores of all titles after the whole histories, -inf where seen or not out yet.
+
+    Args:
+        score: titles, scores and times of histories to (B, I).
+        observations: the contexts.
+        n_titles: I, as ``score`` knows it.
+        chunk: contexts at a time.
+
+    Raises:
+        ConfigError: contexts over another catalogue.
+    """
+    require_catalogue(observations, n_titles)
+    parts = [torch.zeros(0, n_titles)]
     for start in range(0, len(observations), chunk):
         part = observations[slice(start, start + chunk)]
         logits = score(*tensors(part))
@@ -476,5 +509,7 @@ def last_logits(
 
 def backbone_log_probs(backbone: Backbone, observations: Observations) -> NDArray[np.float32]:
     """(n, I) log-softmax of a backbone's logits over the titles that can be chosen."""
-    logits = last_logits(lambda *history: backbone.logits(backbone.encode_last(*history)), observations)
+    logits = last_logits(
+        lambda *history: backbone.logits(backbone.encode_last(*history)), observations, backbone.n_titles
+    )
     return torch.log_softmax(logits, dim=-1).numpy()

@@ -8,7 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsim_gr.agents.base import AfterCheck, Agent, AgentConfig, BackboneAgent, not_fitted, register, required_parts
+from recsim_gr.agents.base import (
+    AfterCheck,
+    Agent,
+    AgentConfig,
+    BackboneAgent,
+    not_fitted,
+    register,
+    require_catalogue,
+    required_parts,
+)
 from recsim_gr.backbones import Backbone
 from recsim_gr.log import AnyLog, title_counts
 from recsim_gr.observations import Observations
@@ -64,6 +73,7 @@ class Popularity(Agent):
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
         if len(self.log_counts) == 0:
             raise not_fitted(self)
+        require_catalogue(observations, len(self.log_counts))
         return _normalised(np.tile(self.log_counts, (len(observations), 1)), observations)
 
     def state(self) -> dict[str, Tensor]:

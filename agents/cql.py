@@ -119,11 +119,10 @@ class QFunctionAgent(Agent):
         return self
 
     def log_probs(self, observations: Observations) -> NDArray[np.float32]:
-        scaled = last_logits(self.q_function, observations) / self.config.temperature
-        return torch.log_softmax(scaled, dim=-1).numpy()
+        return torch.log_softmax(self._last_q(observations) / self.config.temperature, dim=-1).numpy()
 
     def scores(self, observations: Observations) -> NDArray[np.float32]:
-        return last_logits(self.q_function, observations).numpy()
+        return self._last_q(observations).numpy()
 
     def state(self) -> dict[str, Tensor]:
         return self.q_function.state_dict()
@@ -135,6 +134,10 @@ class QFunctionAgent(Agent):
         self.q_function = Scorer(build_backbone(shape), 0.0)
         self.q_function.load_state_dict(state)
         self.q_function.eval()
+
+    def _last_q(self, observations: Observations) -> Tensor:
+        """(n, I): Q after the whole histories."""
+        return last_logits(self.q_function, observations, self.q_function.backbone.n_titles)
 
     def _q(self, batch: Batch) -> Tensor:
         """(B, T, I): Q before each event, very negative for titles that are seen or not out yet."""

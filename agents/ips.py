@@ -132,7 +132,7 @@ def divergence(log_probs: Tensor, reference: Tensor) -> Tensor:
 class OffPolicyAgent(BackboneAgent):
     """An agent that estimates the value of its policy from weighted logged events and climbs it.
 
-    A subclass gives `estimate`: (B, T), with `importance_weights` in it.
+    A subclass gives `losses`: (B, T), from weights that are worked out here.
     """
 
     config_type = OffPolicyConfig

@@ -1,4 +1,7 @@
-"""Reward-weighted behaviour cloning: the study's baseline. Optimum in tabular contexts: π ∝ μ(a|x)·E[r|x,a]."""
+"""Reward-weighted behaviour cloning: the study's baseline.
+
+Optimum in tabular contexts: π ∝ μ(a|x)·E[max(r, 0)|x,a], which is μ·E[r|x,a] where no score is negative.
+"""
 
 from torch import Tensor
 
@@ -25,7 +28,8 @@ def weighted_bc_loss(log_probs: Tensor, weights: Tensor) -> Tensor:
 class RewardWeightedBC(BackboneAgent):
     """−r·log π(a|x) with r the observed score, normalised to mean 1.
 
-    Scores of an unbounded noise model can be negative; they weigh 0, since a negative weight has no minimum.
+    Scores of an unbounded noise model can be negative; they weigh 0, since a negative weight has no minimum. With
+    Gaussian noise at its strongest that is a fifth of the events, and titles are told apart by less than their means.
     """
 
     name = "RewardWeightedBC"

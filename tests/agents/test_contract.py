@@ -162,6 +162,22 @@ def test_it_answers_to_users_without_a_history(name: str, width: int, fitted: Fi
 
 
 @every_competitor
+def test_no_contexts_have_no_answers(name: str, fitted: Fitted, contexts: Contexts) -> None:
+    nobody = contexts.observations[slice(0, 0)]
+    assert fitted(name).log_probs(nobody).shape == fitted(name).scores(nobody).shape == (0, 30)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPETITORS if name != "Random"])
+@pytest.mark.parametrize("n_titles", [12, 40])
+def test_contexts_of_another_catalogue_are_refused(name: str, n_titles: int, fitted: Fitted) -> None:
+    """Random knows none of its own."""
+    other = World(WorldConfig(n_titles=n_titles, history_length=6)).contexts(3).observations
+    for ask in (fitted(name).log_probs, fitted(name).scores):
+        with pytest.raises(ConfigError, match=f"over 30 titles, .* over {n_titles}"):
+            ask(other)
+
+
+@every_competitor
 def test_it_answers_to_histories_longer_than_the_logs(name: str, fitted: Fitted, contexts: Contexts) -> None:
     observations = contexts.observations
     for _ in range(4):
@@ -362,6 +378,46 @@ def test_it_takes_the_steps_of_its_config(
     assert agent.record.best_step in {0, 32, 64}
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "new"),
+    [
+        ("CQL", "head_rate", "head.title"),
+        ("TruthSupervised", "head_rate", "head.title"),
+        ("ConditionedBC", "condition_rate", "mixes"),
+    ],
+)
+def test_what_starts_from_nothing_learns_at_its_own_rate(
+    name: str, option: str, new: str, make: Make, fitted: Fitted, log: InteractionLog, backbone: HSTU
+) -> None:
+    """By default it moves far, at a rate of almost nothing it stays, and the backbone moves either way."""
+    still = make(name, **{option: 1e-6}).fit(log, backbone)
+    moved = {agent: float(agent.state()[new].abs().max()) for agent in (fitted(name), still)}
+    assert moved[fitted(name)] > 1e-2
+    assert moved[still] < 1e-5
+    assert still.record.best_step > 0
+    assert not torch.equal(still.state()["backbone.titles"], backbone.titles)
+
+
+OWN_LOSS = [name for name in LEARNERS if "PPO" not in name and "GRPO" not in name]
+"""What measures its own loss on validation users; tests of the others' objectives stand beside them."""
+
+
+@pytest.mark.parametrize("name", OWN_LOSS)
+def test_it_stops_on_validation_users(
+    name: str, make: Make, log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble
+) -> None:
+    """The same steps on the same users: the objective is that of whoever is held out."""
+    objectives: list[list[float]] = [[], []]
+    for noted, held_out in zip(objectives, (log.rows(slice(0, 60)), log.rows(slice(60, 150))), strict=True):
+
+        def note(step: int, objective: float, noted: list[float] = noted) -> None:
+            noted.append(objective)
+
+        agent = make(name, training=TrainingConfig(steps=2, batch_users=16, warmup_steps=1, checks=1))
+        agent.fit(log, backbone, rewards, held_out, after_check=note)
+    assert abs(objectives[0][-1] - objectives[1][-1]) > 1e-6
+
+
 def test_defaults_are_the_same_for_all() -> None:
     assert {configs.config_id(AGENTS[name].config_type().training) for name in LEARNERS} == {  # type: ignore[attr-defined]
         configs.config_id(TrainingConfig())
@@ -466,6 +522,7 @@ def test_it_comes_back_from_its_files(
     loaded = load_agent(tmp_path / "saved")
     assert type(loaded) is type(agent)
     assert loaded.config == agent.config
+    assert loaded.record == agent.record
     observations, users = contexts.observations, contexts.users
     for ask in (log_probs_of, ranking_scores):
         np.testing.assert_array_equal(ask(loaded, observations, world, users), ask(agent, observations, world, users))
@@ -490,6 +547,15 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.marker),)
+
+
+def test_files_of_before_records_were_kept_can_be_loaded(saved: Path, fitted: Fitted, contexts: Contexts) -> None:
+    about = json.loads((saved / "agent.json").read_text())
+    assert about.pop("record") == {"gradient_steps": 32, "best_step": fitted("BC").record.best_step, "samples": 0}
+    (saved / "agent.json").write_text(json.dumps(about))
+    loaded = load_agent(saved)
+    assert same(loaded, fitted("BC"), contexts.observations)
+    assert loaded.record.gradient_steps == 0
 
 
 @pytest.mark.parametrize("file", ["agent.json", "agent.safetensors"])

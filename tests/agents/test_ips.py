@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import ConfigError
 from recsim_gr.generation import Plan, generate
 from recsim_gr.histories import Histories, histories_of
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import InteractionLog, ShardedLog
 from recsim_gr.observations import Observations
-from recsim_gr.rewards import RewardEnsemble
+from recsim_gr.pretraining import pretrain
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
+from recsim_gr.training import TrainingConfig
 from recsim_gr.world import WorldConfig
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
@@ -511,6 +514,46 @@ def test_propensities_of_a_log_in_shards(tmp_path: Path, monkeypatch: pytest.Mon
     bare = generate(Plan(world=world, n_users=60, users_per_shard=30), tmp_path / "bare")
     with pytest.raises(ConfigError, match="carries no propensities"):
         IPS().problem(histories_of(bare), bare, Parts(backbone, None))
+
+
+def of_users(log: InteractionLog, rows: np.ndarray) -> InteractionLog:
+    """The users at some rows of a log, in that order."""
+    starts = np.append(np.flatnonzero(log.step == 0), len(log))
+    keep = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+    names = ("user", "epoch", "step", "hours", "title", "duration_minutes", "watch_minutes", "score", "propensities")
+    return replace(log, **{name: getattr(log, name)[keep] for name in names})
+
+
+@pytest.mark.parametrize("kind", [IPS, DoublyRobust])
+@pytest.mark.parametrize("propensities", ["known", "estimated"])
+def test_a_log_in_shards_is_learned_from_as_it_is(
+    kind: Any, propensities: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches in an order of their own, each with its users' weights and predictions; and the whole of a fit."""
+    monkeypatch.setattr(generation, "PART_EVENTS", 60)
+    world = WorldConfig(n_titles=25, history_length=6, history_median=4, reward_noise=0.0, seed=5)
+    generate(Plan(world=world, n_users=60, users_per_shard=30, propensities=True), tmp_path / "log")
+    log = InteractionLog.open(tmp_path / "log")
+    assert isinstance(log, ShardedLog)
+    short = TrainingConfig(steps=8, batch_users=16, warmup_steps=1, checks=2)
+    backbone = pretrain(log, HSTUConfig(dimensions=8, n_layers=1), short)
+    rewards = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=short))
+    rewards.tables_in = tmp_path / "tables"
+    agent, histories, parts = (
+        kind(propensities=propensities, training=short),
+        histories_of(log),
+        Parts(backbone, rewards),
+    )
+    problem = agent.problem(histories, log, parts)
+    for batch in islice(histories.batches(16, np.random.default_rng(0)), 4):
+        alone = of_users(log.read(), batch.rows.numpy())  # no row of it is the row of the whole log
+        everyone = Histories(alone)
+        with torch.no_grad():
+            got = float(agent.batch_loss(backbone, batch, problem))
+            expected = agent.batch_loss(backbone, next(everyone.chunks()), agent.problem(everyone, alone, parts))
+        assert got == pytest.approx(float(expected), abs=1e-5)
+    fitted = agent.fit(log, backbone, rewards)
+    assert fitted.record.gradient_steps == 8
 
 
 @pytest.mark.parametrize(

@@ -530,6 +530,48 @@ def test_advantages_in_the_agent(ragged: InteractionLog, backbone: HSTU, rewards
     assert np.ptp(from_batch) > 0.5
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip": 1.2},
+        {"weight": "linear"},
+        {"weight": "binary"},
+        {"baseline": "batch", "clip": 3.0},  # below the clip no baseline of all is felt
+        {"baseline": "user", "advantage": "score"},
+        {"baseline": "user", "advantage": "blend", "clip": 2.0},
+    ],
+    ids=str,
+)
+def test_every_option_reaches_the_loss(
+    options: dict[str, Any], ragged: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, parts: Parts
+) -> None:
+    """Against one context at a time, in NumPy, on histories of several lengths."""
+    whole, config = ragged.sequences(), ASFT(**options).config
+    share = {"model": 1.0, "score": 0.0, "blend": 0.5}[config.advantage]
+    values, by_policy, users, log_probs = [], [], [], []
+    for row, step, seen in events(ragged):
+        own, predicted, title = backbone_log_probs(backbone, seen)[0], rewards.mean(seen)[0], whole.titles[row, step]
+        values.append(share * predicted[title] + (1 - share) * whole.scores[row, step])
+        by_policy.append(np.exp(own) @ predicted)
+        users.append(row)
+        log_probs.append(own[title])
+    value, user = np.array(values), np.array(users)
+    of_user = np.bincount(user, ragged.score) / np.bincount(user)
+    baselines: dict[str, Any] = {"policy": np.array(by_policy), "user": of_user[user], "batch": value.mean()}
+    advantage = value - baselines[config.baseline]
+    weights: dict[str, Any] = {
+        "exp": np.minimum(np.exp(advantage / config.beta), config.clip),
+        "linear": np.clip(1 + advantage / config.beta, 0, config.clip),
+        "binary": (advantage > 0).astype(float),
+    }
+    weight = weights[config.weight]
+    expected = -(weight / weight.mean() * np.array(log_probs)).mean()
+    got = batch_loss(ASFT(**options), backbone, ragged, parts)
+    assert got == pytest.approx(expected, abs=2e-3)
+    bare = {name: value for name, value in options.items() if name == "advantage"}
+    assert abs(got - batch_loss(ASFT(**bare), backbone, ragged, parts)) > 4e-3
+
+
 def test_the_batch_is_a_baseline_too(ragged: InteractionLog, backbone: HSTU, parts: Parts) -> None:
     """Below the clip its level cancels in the weights: as without any baseline at all."""
     agent = ASFT(baseline="batch", beta=2.0, clip=1e6)
