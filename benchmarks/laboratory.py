@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from recsim_gr.observations import Contexts
 from recsim_gr.prefixes import negative_log_likelihood
 from recsim_gr.pretraining import pretrain
 from recsim_gr.reward_baselines import TitleMean, UserMean
-from recsim_gr.rewards import RewardEnsemble, fit_reward_ensemble, mean_squared_error
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble, mean_squared_error
 from recsim_gr.scoring import Examination
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
@@ -47,6 +48,29 @@ class AgentsConfig(ExperimentConfig):
         kind = find_agent(name)
         learns = any(field.name == "training" for field in fields(kind.config_type))
         return kind(**({"training": self.training} if learns else {}), **options)
+
+
+SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
+"""Of preset ``smoke``: long enough to run through everything, too short to mean anything."""
+
+SMOKE: dict[str, Any] = {
+    "preset": "smoke",
+    "noise_levels": (0.0, 1.0),
+    "seeds": (0,),
+    "n_titles": 40,
+    "history_length": 6,
+    "n_users": 150,
+    "validation_users": 40,
+    "judge_users": 100,
+    "test_contexts": 60,
+    "rollout_contexts": 20,
+    "pretraining": SHORT,
+    "judge_pretraining": SHORT,
+    "training": SHORT,
+    "rewards": RewardEnsembleConfig(members=2, training=SHORT),
+    "judge": RewardEnsembleConfig(members=2, training=SHORT),
+}
+"""Preset ``smoke`` of an `AgentsConfig`; a suite sets its own fields beside these, or others in their place."""
 
 
 class Laboratory:

@@ -16,8 +16,7 @@ import numpy as np
 from recsim_gr import __version__, configs
 from recsim_gr.agents import Agent, find_agent
 from recsim_gr.benchmarks.experiment import build_world, cell_name, experiment_identity, seconds_per_step
-from recsim_gr.benchmarks.laboratory import AgentsConfig, Laboratory
-from recsim_gr.benchmarks.landscape import SHORT
+from recsim_gr.benchmarks.laboratory import SMOKE, AgentsConfig, Laboratory
 from recsim_gr.benchmarks.noise_bounds_measures import (
     ContextLog,
     Tables,
@@ -33,7 +32,6 @@ from recsim_gr.errors import ConfigError
 from recsim_gr.metrics import top_k
 from recsim_gr.noise import GaussianNoise
 from recsim_gr.observations import Contexts
-from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.scoring import TOP_K, FloatArray
 from recsim_gr.world_base import WorldBase
 
@@ -133,29 +131,20 @@ class NoiseBounds(Suite):
             trained_temperatures=NoiseBoundsConfig.temperatures,
         ),
         "smoke": NoiseBoundsConfig(
-            preset="smoke",
-            noise_levels=(0.0625, 1.0),
-            seeds=(0, 1),
-            temperatures=(0.0625, 0.5, 4.0),
-            catalogues=(30, 60),
-            n_titles=60,
-            events=(10, 40),
-            tabular_contexts=30,
-            trained_seeds=1,
-            trained_noise_levels=(1.0,),
-            trained_catalogues=(60,),
-            trained_temperatures=(0.0625, 4.0),
-            history_length=6,
-            n_users=150,
-            validation_users=40,
-            judge_users=100,
-            test_contexts=60,
-            rollout_contexts=20,
-            pretraining=SHORT,
-            judge_pretraining=SHORT,
-            training=SHORT,
-            rewards=RewardEnsembleConfig(members=2, training=SHORT),
-            judge=RewardEnsembleConfig(members=2, training=SHORT),
+            **SMOKE
+            | {
+                "noise_levels": (0.0625, 1.0),
+                "seeds": (0, 1),
+                "n_titles": 60,
+                "catalogues": (30, 60),
+                "temperatures": (0.0625, 0.5, 4.0),
+                "events": (10, 40),
+                "tabular_contexts": 30,
+                "trained_seeds": 1,
+                "trained_noise_levels": (1.0,),
+                "trained_catalogues": (60,),
+                "trained_temperatures": (0.0625, 4.0),
+            }
         ),
     }
     config: NoiseBoundsConfig
