@@ -13,6 +13,7 @@ from recsim_gr.backbones import Backbone
 from recsim_gr.benchmarks.experiment import ExperimentConfig, Logs, build_world
 from recsim_gr.benchmarks.suite import Notify
 from recsim_gr.configs import require
+from recsim_gr.errors import ConfigError, RecsimError
 from recsim_gr.histories import Histories
 from recsim_gr.metrics import signed_squared_correlation
 from recsim_gr.observations import Contexts
@@ -38,16 +39,27 @@ class AgentsConfig(ExperimentConfig):
         super().__post_init__()
         names = [find_agent(name).name for name in self.agents]
         require(len(set(names)) == len(names), self, "agents", "free of repeats")
+        # a row without an agent is the world's own
+        require(all(name.strip() for name in names), self, "agents", "agents whose name is not empty")
 
     def new_agents(self) -> dict[str, Agent]:
         """The agents by their names, in order, not fitted."""
         return {agent.name: agent for agent in map(self.new_agent, self.agents)}
 
     def new_agent(self, name: str, **options: object) -> Agent:
-        """An agent with its own defaults, but for these options, and the suite's schedule."""
+        """An agent with its own defaults, but for these options, and the suite's schedule.
+
+        Raises:
+            ConfigError: a value that it refuses, or whatever else its class raises.
+        """
         kind = find_agent(name)
         learns = any(field.name == "training" for field in fields(kind.config_type))
-        return kind(**({"training": self.training} if learns else {}), **options)
+        try:
+            return kind(**({"training": self.training} if learns else {}), **options)
+        except RecsimError:
+            raise
+        except Exception as error:  # whatever a user's own agent raises
+            raise ConfigError(f"agent {name} cannot be made ({type(error).__name__}: {error})") from error
 
 
 SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from recsim_gr.agents import BC, agent_type
+from recsim_gr.agents import AGENTS, BC, agent_type
 from recsim_gr.benchmarks import SUITES, Landscape
 from recsim_gr.benchmarks.runner import RunDirectory, _conclude, _keep, dry_run, duration, run
 from recsim_gr.benchmarks.suite import Cell, suite_type
@@ -212,6 +212,24 @@ def test_unknown_names_list_the_known_ones() -> None:
         Landscape.preset("quik")
     with pytest.raises(UnknownNameError, match=r"no agent 'A-SFT'; there are .*ASFT"):
         agent_type("A-SFT")
+
+
+def test_an_agent_without_a_name_or_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nameless(BC):
+        name = " "
+
+    class Broken(BC):
+        name = "Broken"
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr("recsim_gr.agents.base.AGENTS", {**AGENTS, " ": Nameless, "Broken": Broken})
+    with pytest.raises(ConfigError, match="whose name is not empty"):  # its rows would be the world's
+        smoke(agents=("BC", "Oracle", " "))
+    broken = smoke(agents=("BC", "Oracle", "Broken"))
+    with pytest.raises(ConfigError, match=r"agent Broken cannot be made .ValueError: no such thing."):
+        broken.config.new_agents()
 
 
 def test_a_path_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
