@@ -108,7 +108,7 @@ class Landscape(Suite):
             notify(AGENTS_START + (1 - AGENTS_START) * k / len(self.config.agents), name)
             try:
                 figures, costs = laboratory.examine(agent)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # one agent's failure, a user's own perhaps, must not cost the others' hours
                 result.failed[name] = f"{type(error).__name__}: {error}"
                 continue

@@ -378,7 +378,7 @@ class TrainedBench(Laboratory):
             options = {} if name == IMITATION else {option_of(name): temperature}
             try:
                 agent = self._fitted(config.new_agent(name, **options), result)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 result.failed[f"{name} {temperature:g}"] = f"{type(error).__name__}: {error}"
                 continue
             at = "" if name == IMITATION else f"@{temperature:g}"

@@ -135,8 +135,8 @@ def test_no_workers_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("error", [TrainingError("BC diverged: loss nan at step 3"), KeyError("x")])
-def test_a_failing_agent_costs_no_other_its_results(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [TrainingError("BC diverged: loss nan at step 3"), KeyError("x"), SystemExit(0)])
+def test_a_failing_agent_costs_no_other_its_results(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverges(*_: Any, **__: Any) -> None:
         raise error
 
@@ -156,6 +156,9 @@ def test_a_crashed_cell_is_reported_and_the_rest_concluded(tmp_path: Path, finis
     crashed.set_exception(MemoryError("no room"))
     reason, kept = _keep(crashed, first, directory)
     assert (reason, kept) == ("MemoryError: no room", False)
+    left: Future[dict[str, Any]] = Future()
+    left.set_exception(SystemExit(0))  # an agent that calls sys.exit ends its cell, not the run
+    assert _keep(left, first, directory) == ("SystemExit: 0", False)
     source = RunDirectory(finished, suite.identity()).cell_file(second)
     directory.cell_file(second).parent.mkdir()
     directory.cell_file(second).write_text(source.read_text())
