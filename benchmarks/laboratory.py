@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from recsim_gr.backbones import Backbone
 from recsim_gr.benchmarks.experiment import ExperimentConfig, Logs, build_world
 from recsim_gr.benchmarks.suite import Notify
 from recsim_gr.configs import require
+from recsim_gr.errors import ConfigError, RecsimError
 from recsim_gr.histories import Histories
 from recsim_gr.metrics import signed_squared_correlation
 from recsim_gr.observations import Contexts
 from recsim_gr.prefixes import negative_log_likelihood
 from recsim_gr.pretraining import pretrain
 from recsim_gr.reward_baselines import TitleMean, UserMean
-from recsim_gr.rewards import RewardEnsemble, fit_reward_ensemble, mean_squared_error
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble, mean_squared_error
 from recsim_gr.scoring import Examination
 from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
@@ -37,16 +39,50 @@ class AgentsConfig(ExperimentConfig):
         super().__post_init__()
         names = [find_agent(name).name for name in self.agents]
         require(len(set(names)) == len(names), self, "agents", "free of repeats")
+        # a row without an agent is the world's own
+        require(all(name.strip() for name in names), self, "agents", "agents whose name is not empty")
 
     def new_agents(self) -> dict[str, Agent]:
         """The agents by their names, in order, not fitted."""
         return {agent.name: agent for agent in map(self.new_agent, self.agents)}
 
     def new_agent(self, name: str, **options: object) -> Agent:
-        """An agent with its own defaults, but for these options, and the suite's schedule."""
+        """An agent with its own defaults, but for these options, and the suite's schedule.
+
+        Raises:
+            ConfigError: a value that it refuses, or whatever else its class raises.
+        """
         kind = find_agent(name)
         learns = any(field.name == "training" for field in fields(kind.config_type))
-        return kind(**({"training": self.training} if learns else {}), **options)
+        try:
+            return kind(**({"training": self.training} if learns else {}), **options)
+        except RecsimError:
+            raise
+        except Exception as error:  # whatever a user's own agent raises
+            raise ConfigError(f"agent {name} cannot be made ({type(error).__name__}: {error})") from error
+
+
+SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
+"""Of preset ``smoke``: long enough to run through everything, too short to mean anything."""
+
+SMOKE: dict[str, Any] = {
+    "preset": "smoke",
+    "noise_levels": (0.0, 1.0),
+    "seeds": (0,),
+    "n_titles": 40,
+    "history_length": 6,
+    "n_users": 150,
+    "validation_users": 40,
+    "judge_users": 100,
+    "test_contexts": 60,
+    "rollout_contexts": 20,
+    "pretraining": SHORT,
+    "judge_pretraining": SHORT,
+    "training": SHORT,
+    "rewards": RewardEnsembleConfig(members=2, training=SHORT),
+    "judge": RewardEnsembleConfig(members=2, training=SHORT),
+}
+"""Preset ``smoke`` of an `AgentsConfig`; a suite sets its own fields beside these, or others in their place."""
 
 
 class Laboratory:

@@ -11,12 +11,10 @@ from recsim_gr.benchmarks.experiment import (
     experiment_identity,
     seconds_per_step,
 )
-from recsim_gr.benchmarks.laboratory import AgentsConfig, Laboratory
+from recsim_gr.benchmarks.laboratory import SMOKE, AgentsConfig, Laboratory
 from recsim_gr.benchmarks.report import checks_of, read_run, write_report
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
 from recsim_gr.configs import require
-from recsim_gr.rewards import RewardEnsembleConfig
-from recsim_gr.training import TrainingConfig
 
 AGENTS_OF_FIGURE_1 = (
     "Random",
@@ -51,10 +49,6 @@ class LandscapeConfig(AgentsConfig):
                     build_world(self, noise, seed)
 
 
-SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
-"""Of preset ``smoke``: long enough to run through everything, too short to mean anything."""
-
-
 @register
 class Landscape(Suite):
     """Cells are worlds (a noise level and a seed); in each, all agents are fitted on one log and scored on the same
@@ -63,23 +57,7 @@ class Landscape(Suite):
     name = "landscape"
     presets: ClassVar[dict[str, Any]] = {
         "quick": LandscapeConfig(),
-        "smoke": LandscapeConfig(
-            preset="smoke",
-            noise_levels=(0.0, 1.0),
-            seeds=(0,),
-            n_titles=40,
-            history_length=6,
-            n_users=150,
-            validation_users=40,
-            judge_users=100,
-            test_contexts=60,
-            rollout_contexts=20,
-            pretraining=SHORT,
-            judge_pretraining=SHORT,
-            training=SHORT,
-            rewards=RewardEnsembleConfig(members=2, training=SHORT),
-            judge=RewardEnsembleConfig(members=2, training=SHORT),
-        ),
+        "smoke": LandscapeConfig(**SMOKE),
     }
     config: LandscapeConfig
 
@@ -130,7 +108,7 @@ class Landscape(Suite):
             notify(AGENTS_START + (1 - AGENTS_START) * k / len(self.config.agents), name)
             try:
                 figures, costs = laboratory.examine(agent)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # one agent's failure, a user's own perhaps, must not cost the others' hours
                 result.failed[name] = f"{type(error).__name__}: {error}"
                 continue

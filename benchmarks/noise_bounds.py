@@ -15,9 +15,9 @@ import numpy as np
 
 from recsim_gr import __version__, configs
 from recsim_gr.agents import Agent, find_agent
+from recsim_gr.behaviour import Users
 from recsim_gr.benchmarks.experiment import build_world, cell_name, experiment_identity, seconds_per_step
-from recsim_gr.benchmarks.laboratory import AgentsConfig, Laboratory
-from recsim_gr.benchmarks.landscape import SHORT
+from recsim_gr.benchmarks.laboratory import SMOKE, AgentsConfig, Laboratory
 from recsim_gr.benchmarks.noise_bounds_measures import (
     ContextLog,
     Tables,
@@ -33,7 +33,6 @@ from recsim_gr.errors import ConfigError
 from recsim_gr.metrics import top_k
 from recsim_gr.noise import GaussianNoise
 from recsim_gr.observations import Contexts
-from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.scoring import TOP_K, FloatArray
 from recsim_gr.world_base import WorldBase
 
@@ -43,6 +42,9 @@ Figures = dict[str, dict[str, float]]
 LEVELS = ("tabular", "trained")
 HELD_OUT = "held out"
 """Purpose of the events that a practitioner in a tabular context chooses λ by."""
+
+TEMPERATURES = ("temperature", "beta")
+"""Options that are one: an agent's own has either name. A weight of a penalty, a share or a target is none."""
 
 IMITATION = "BC"
 """λ = ∞ of a trained agent."""
@@ -98,8 +100,11 @@ class NoiseBoundsConfig(AgentsConfig):
             require(known, self, name, f"a part of {all_of}")
         for name in self.agents:
             strength = find_agent(name).strength
-            fits = strength is not None and not strength.rises
+            fits = strength is not None and strength.option in TEMPERATURES and not strength.rises
             require(fits, self, "agents", f"agents whose strength is a temperature, which {name}'s is not")
+        # refused before any cell is run: no title is seen twice
+        fills = self.history_length < self.catalogues[0]
+        require(fills, self, "history_length", f"smaller than every catalogue {self.catalogues}")
 
     def world_of(self, n_titles: int, noise: float, seed: int) -> WorldBase:
         """The world of a cell."""
@@ -133,29 +138,20 @@ class NoiseBounds(Suite):
             trained_temperatures=NoiseBoundsConfig.temperatures,
         ),
         "smoke": NoiseBoundsConfig(
-            preset="smoke",
-            noise_levels=(0.0625, 1.0),
-            seeds=(0, 1),
-            temperatures=(0.0625, 0.5, 4.0),
-            catalogues=(30, 60),
-            n_titles=60,
-            events=(10, 40),
-            tabular_contexts=30,
-            trained_seeds=1,
-            trained_noise_levels=(1.0,),
-            trained_catalogues=(60,),
-            trained_temperatures=(0.0625, 4.0),
-            history_length=6,
-            n_users=150,
-            validation_users=40,
-            judge_users=100,
-            test_contexts=60,
-            rollout_contexts=20,
-            pretraining=SHORT,
-            judge_pretraining=SHORT,
-            training=SHORT,
-            rewards=RewardEnsembleConfig(members=2, training=SHORT),
-            judge=RewardEnsembleConfig(members=2, training=SHORT),
+            **SMOKE
+            | {
+                "noise_levels": (0.0625, 1.0),
+                "seeds": (0, 1),
+                "n_titles": 60,
+                "catalogues": (30, 60),
+                "temperatures": (0.0625, 0.5, 4.0),
+                "events": (10, 40),
+                "tabular_contexts": 30,
+                "trained_seeds": 1,
+                "trained_noise_levels": (1.0,),
+                "trained_catalogues": (60,),
+                "trained_temperatures": (0.0625, 4.0),
+            }
         ),
     }
     config: NoiseBoundsConfig
@@ -364,7 +360,7 @@ class TrainedBench(Laboratory):
     def figures(self, notify: Notify, result: CellResult) -> Figures:
         """Agent to metric; costs and failures go into ``result``."""
         world, config = self.world, self.config
-        validation = world.contexts(config.validation_users, split="validation")
+        validation = world.contexts_of(judged_users(world, config.validation_users))
         assert self.judge is not None
         judge = self.judge.mean(validation.observations).astype(np.float64)
         truth = world.satisfaction(self.contexts.users).astype(np.float64)
@@ -382,7 +378,7 @@ class TrainedBench(Laboratory):
             options = {} if name == IMITATION else {option_of(name): temperature}
             try:
                 agent = self._fitted(config.new_agent(name, **options), result)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 result.failed[f"{name} {temperature:g}"] = f"{type(error).__name__}: {error}"
                 continue
             at = "" if name == IMITATION else f"@{temperature:g}"
@@ -402,6 +398,11 @@ class TrainedBench(Laboratory):
         spent["fit_seconds"] += time.perf_counter() - start
         spent["gradient_steps"] += agent.record.gradient_steps
         return agent
+
+
+def judged_users(world: WorldBase, n: int) -> Users:
+    """Validation users on whom the judge chooses λ: those after the ones on whom agents stop."""
+    return world.users("validation", n, offset=n)
 
 
 def trained_values(

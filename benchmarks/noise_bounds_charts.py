@@ -142,10 +142,10 @@ def _points(grid: Grid, panel: Panel, key: str) -> Iterator[Row]:
     titles, level, lines, _ = panel
     for line in lines:
         values = grid.curve(line.way, line.way.value, titles, level)
-        base = grid.imitation(line.way, titles, level)
-        if not values.size or len(base) != values.shape[1]:
+        above = grid.above(line.way, grid.imitation(line.way, titles, level), titles, level)
+        if not above.size:
             continue
-        mean, half, _ = t_interval(values - base)
+        mean, half, _ = t_interval(above)
         best = best_of(values)
         for k, temperature in enumerate(grid.temperatures(line.way, titles)):
             known = bool(np.isfinite(half[k]))
@@ -271,7 +271,10 @@ def _noisy(grid: Grid) -> list[float]:
 DEEPEST = -4.6
 """Points: the vertical axis ends a little below the range of satisfaction."""
 
-PROMISED, FLOOR = "promised: not below −2σ·sqrt(2 ln(2|A|/δ))", "the worst title in place of μ: no policy is below"
+PROMISED, FLOOR = (
+    "promised: not below −2σ·sqrt(2 ln(2|A|/δ))",
+    "the worst title in place of μ: no policy is below on average",
+)
 WORST, MEAN = "came at worst (quantile δ of contexts, over all λ)", "came on average, at the best λ"
 BOUND_LOOK: Mapping[str, tuple[str, tuple[int, ...]]] = {
     PROMISED: ("#d55e00", (6, 3)),
@@ -290,13 +293,16 @@ def _bound_rows(grid: Grid, titles: int) -> Iterator[Row]:
     way = ways(grid)[0]
     for level, sigma in enumerate(grid.sigmas):
         values = grid.curve(way, way.value, titles, level)
-        mu = grid.of_world("value_mu", titles, level)
-        if sigma == 0 or not values.size:
+        mu = grid.of_seeds("value_mu", titles, level)
+        above = grid.above(way, mu, titles, level)
+        if sigma == 0 or not above.size:
             continue
         came = {
-            FLOOR: grid.of_world("value_least", titles, level) - mu,
+            FLOOR: grid.of_seeds("value_least", titles, level) - mu,
             WORST: grid.of_way(way, "lowest", titles, level),
-            MEAN: values[best_of(values)] - mu,
+            MEAN: above[best_of(values)],
         }
         for line, samples in came.items():
-            yield {**at, "sigma": sigma, "line": line, "mean": float(samples.mean()), "measured": line != FLOOR}
+            mean = float(t_interval(samples)[0])
+            if np.isfinite(mean):
+                yield {**at, "sigma": sigma, "line": line, "mean": mean, "measured": line != FLOOR}

@@ -63,8 +63,9 @@ class Grid:
         """
         sizes = {metric.rpartition("@")[2] for metric in results.metrics() if metric.startswith(("value@", "trained_"))}
         catalogues = tuple(sorted(int(size) for size in sizes if size.isdigit()))
-        if not catalogues or ENDLESS not in results.agents:
+        if not catalogues or ENDLESS not in results.agents or ONE_SCORE not in results.agents:
             raise RunDirectoryError("the results hold no truth by temperature; run suite noise_bounds again")
+        _refuse_damaged(config)
         return cls(results, config, catalogues)
 
     @property
@@ -81,20 +82,42 @@ class Grid:
         """Those that have a value of it, ascending."""
         pattern = re.compile(rf"{re.escape(way.value)}@([^@]+)@{titles}")
         found = (pattern.fullmatch(metric) for agent, metric in self.results.values if agent == way.agent)
-        return tuple(sorted(float(match[1]) for match in found if match))
+        return tuple(sorted(_temperature(match[1]) for match in found if match))
 
     def curve(self, way: Way, metric: str, titles: int, level: int) -> FloatArray:
         """(K, S): a metric by temperature, of the seeds of a noise level that have the truth at every temperature."""
-        temperatures, shape = self.temperatures(way, titles), (-1, len(self.results.seeds))
-        truth, found = (
-            np.array([self.results.of(way.agent, f"{name}@{t:g}@{titles}")[level] for t in temperatures]).reshape(shape)
-            for name in (way.value, metric)
-        )
-        return found[:, np.isfinite(truth).all(axis=0) & (len(truth) > 0)]
+        return self._by_temperature(way, metric, titles, level)[:, self._whole(way, titles, level)]
+
+    def above(self, way: Way, base: FloatArray, titles: int, level: int, metric: str = "") -> FloatArray:
+        """(K, S): the truth by temperature less a figure of the same world, of the seeds that have both.
+
+        Args:
+            way: whose truth.
+            base: of every seed of the run, NaN where it is missing, as `imitation` and `of_seeds` give it.
+            titles, level: which world.
+            metric: another figure in place of the truth, of the same seeds.
+        """
+        both = self._whole(way, titles, level) & np.isfinite(base)
+        return self._by_temperature(way, metric or way.value, titles, level)[:, both] - base[both]
+
+    def _by_temperature(self, way: Way, metric: str, titles: int, level: int) -> FloatArray:
+        """(K, all seeds)."""
+        temperatures = self.temperatures(way, titles)
+        found = [self.results.of(way.agent, f"{metric}@{t:g}@{titles}")[level] for t in temperatures]
+        return np.array(found, dtype=np.float64).reshape(-1, len(self.results.seeds))
+
+    def _whole(self, way: Way, titles: int, level: int) -> Any:
+        """(all seeds,): whether the truth is there at every temperature."""
+        truth = self._by_temperature(way, way.value, titles, level)
+        return np.isfinite(truth).all(axis=0) & (len(truth) > 0)
+
+    def of_seeds(self, metric: str, titles: int, level: int) -> FloatArray:
+        """(all seeds,): a figure of the world itself; NaN where it is missing."""
+        return self.results.of(WORLD, f"{metric}@{titles}")[level]
 
     def of_world(self, metric: str, titles: int, level: int) -> FloatArray:
-        """(S,): a figure of the world itself, of the seeds that have it."""
-        values = self.results.of(WORLD, f"{metric}@{titles}")[level]
+        """(S,): a figure of the world itself, of the seeds that have it: never to be paired with another's."""
+        values = self.of_seeds(metric, titles, level)
         return values[np.isfinite(values)]
 
     def of_way(self, way: Way, metric: str, titles: int, level: int) -> FloatArray:
@@ -103,17 +126,53 @@ class Grid:
         return values[np.isfinite(values)]
 
     def imitation(self, way: Way, titles: int, level: int) -> FloatArray:
-        """(S,): what λ = ∞ is worth: V(μ), of trained agents plain imitation."""
+        """(all seeds,): what λ = ∞ is worth: V(μ), of trained agents plain imitation; NaN where it is missing."""
         if not way.value.startswith("trained"):
-            return self.of_world("value_mu", titles, level)
-        values = self.results.of("BC", f"{way.value}@{titles}")[level]
-        return values[np.isfinite(values)]
+            return self.of_seeds("value_mu", titles, level)
+        return self.results.of("BC", f"{way.value}@{titles}")[level]
 
     def default(self, way: Way) -> float | None:
         """The learner's temperature where nothing is chosen."""
-        config = self.config.get("agent_configs", {}).get(way.learner, {})
-        found = config.get("temperature", config.get("beta"))
-        return None if found is None else float(found)
+        config = self.config["agent_configs"].get(way.learner)
+        found = config.get("temperature", config.get("beta")) if isinstance(config, dict) else None
+        return float(found) if isinstance(found, (int, float)) and found > 0 else None
+
+
+def _temperature(text: str) -> float:
+    """Of a metric's name.
+
+    Raises:
+        RunDirectoryError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not (np.isfinite(value) and value > 0):
+        raise RunDirectoryError(f"the results hold a truth at temperature {text!r}; run suite noise_bounds again")
+    return value
+
+
+def _refuse_damaged(config: Mapping[str, Any]) -> None:
+    """What the page reads of a run's config is there, and of its kind.
+
+    Raises:
+        RunDirectoryError: it is not.
+    """
+    delta, agents, events = (config.get(key) for key in ("delta", "agents", "events"))
+    good = {
+        "delta": isinstance(delta, float) and 0 < delta < 1,
+        "agents": isinstance(agents, list) and all(isinstance(name, str) for name in agents),
+        "events": isinstance(events, list) and bool(events) and all(isinstance(n, int) for n in events),
+        "tabular_contexts": isinstance(config.get("tabular_contexts"), int),
+        "agent_configs": isinstance(config.get("agent_configs"), dict),
+    }
+    for key, fits in good.items():
+        if not fits:
+            raise RunDirectoryError(
+                f"config.json is not that of a run of suite noise_bounds ({key}: {config.get(key)!r}); "
+                "restore it, or run the suite again"
+            )
 
 
 def ways(grid: Grid) -> list[Way]:
@@ -143,6 +202,27 @@ def trained_ways(grid: Grid) -> list[Way]:
 # ------------------------------------------------------------------------------------------------------------ shape
 
 
+def untrained_end(grid: Grid, way: Way, titles: int, level: int) -> bool:
+    """Whether the lowest λ of a trained agent is worth what the pretrained policy is: in no seed did a step lower its
+    loss on validation users, so that the low arm of the shape is the stopping rule's and not the noise's."""
+    steps = grid.curve(way, "trained_best_step", titles, level)
+    return way.value.startswith("trained") and steps.size > 0 and bool((steps[0] == 0).all())
+
+
+def in_hindsight(values: FloatArray) -> float:
+    """How much more the best of (K, S) values is worth on the seeds that it was picked on than one which is picked for
+    each seed on the others; NaN below two seeds."""
+    if values.shape[1] < 2:
+        return float("nan")
+    return float((values[best_of(values)] - chosen_on_others(values)).mean())
+
+
+def chosen_on_others(values: FloatArray) -> FloatArray:
+    """(S,): of (K, S) values, each seed's at the temperature that is best in the mean of the other seeds."""
+    others = values.sum(axis=1, keepdims=True) - values
+    return values[others.argmax(axis=0), np.arange(values.shape[1])]
+
+
 def best_of(values: FloatArray) -> int:
     """Of (K, S) values by temperature: which is best in the mean over seeds."""
     return int(values.mean(axis=1).argmax())
@@ -156,9 +236,7 @@ def shape_of(values: FloatArray) -> str:
     """
     if values.shape[1] < 2 or len(values) < 3:
         return "?"
-    others = (values.sum(axis=1, keepdims=True) - values) / (values.shape[1] - 1)
-    seeds = np.arange(values.shape[1])
-    chosen = values[others.argmax(axis=0), seeds]
+    chosen = chosen_on_others(values)
     above_low, above_high = (_surely_positive(chosen - values[end]) for end in (0, -1))
     best = best_of(values)
     if above_low and above_high and 0 < best < len(values) - 1:
@@ -169,11 +247,12 @@ def shape_of(values: FloatArray) -> str:
 
 
 SHAPES = {
-    "inverted U": "inverted U: the best is inside, and both ends of the grid are surely below it",
+    "inverted U": "inverted U: the best is inside, and both ends of the grid are surely below it (what lies between is "
+    "not tested)",
     "falls": "falls with λ: the highest λ is surely below the best, the lowest is not",
     "rises": "rises with λ: the lowest λ is surely below the best, the highest is not",
-    "flat": "neither end is surely below the best",
-    "?": "untested, fewer than two seeds",
+    "flat": "neither end is surely below the best, which does not say that they are as good",
+    "?": "untested: fewer than two seeds, or than three temperatures",
 }
 
 
@@ -198,7 +277,8 @@ class Advice(NamedTuple):
     Attributes:
         temperature: chosen, of the grid.
         doublings: log2(chosen / best).
-        lost: value of the best in the mean, less that of the chosen.
+        lost: value of the best in the mean of these same seeds, less that of the chosen; negative where a seed's own
+            choice is better there.
     """
 
     temperature: FloatArray

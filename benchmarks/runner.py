@@ -252,7 +252,7 @@ def _keep(future: "Future[dict[str, Any]]", cell: Cell, directory: RunDirectory)
     """
     try:
         content = future.result()
-    except Exception as error:  # whatever a cell raises is its own failure, reported, and not the run's
+    except (Exception, SystemExit) as error:  # whatever a cell raises is its own failure, reported, and not the run's
         return f"{type(error).__name__}: {error}", False
     write_json(directory.cell_file(cell), content)
     return "; ".join(f"{agent}: {why}" for agent, why in content["failed"].items()) or None, True

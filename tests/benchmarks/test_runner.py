@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from recsim_gr.agents import BC, agent_type
+from recsim_gr.agents import AGENTS, BC, agent_type
 from recsim_gr.benchmarks import SUITES, Landscape
 from recsim_gr.benchmarks.runner import RunDirectory, _conclude, _keep, dry_run, duration, run
 from recsim_gr.benchmarks.suite import Cell, suite_type
@@ -135,8 +135,8 @@ def test_no_workers_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("error", [TrainingError("BC diverged: loss nan at step 3"), KeyError("x")])
-def test_a_failing_agent_costs_no_other_its_results(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [TrainingError("BC diverged: loss nan at step 3"), KeyError("x"), SystemExit(0)])
+def test_a_failing_agent_costs_no_other_its_results(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverges(*_: Any, **__: Any) -> None:
         raise error
 
@@ -156,6 +156,9 @@ def test_a_crashed_cell_is_reported_and_the_rest_concluded(tmp_path: Path, finis
     crashed.set_exception(MemoryError("no room"))
     reason, kept = _keep(crashed, first, directory)
     assert (reason, kept) == ("MemoryError: no room", False)
+    left: Future[dict[str, Any]] = Future()
+    left.set_exception(SystemExit(0))  # an agent that calls sys.exit ends its cell, not the run
+    assert _keep(left, first, directory) == ("SystemExit: 0", False)
     source = RunDirectory(finished, suite.identity()).cell_file(second)
     directory.cell_file(second).parent.mkdir()
     directory.cell_file(second).write_text(source.read_text())
@@ -212,6 +215,24 @@ def test_unknown_names_list_the_known_ones() -> None:
         Landscape.preset("quik")
     with pytest.raises(UnknownNameError, match=r"no agent 'A-SFT'; there are .*ASFT"):
         agent_type("A-SFT")
+
+
+def test_an_agent_without_a_name_or_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nameless(BC):
+        name = " "
+
+    class Broken(BC):
+        name = "Broken"
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr("recsim_gr.agents.base.AGENTS", {**AGENTS, " ": Nameless, "Broken": Broken})
+    with pytest.raises(ConfigError, match="whose name is not empty"):  # its rows would be the world's
+        smoke(agents=("BC", "Oracle", " "))
+    broken = smoke(agents=("BC", "Oracle", "Broken"))
+    with pytest.raises(ConfigError, match=r"agent Broken cannot be made .ValueError: no such thing."):
+        broken.config.new_agents()
 
 
 def test_a_path_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
