@@ -11,7 +11,7 @@ import numpy as np
 from recsim_gr import __version__, configs
 from recsim_gr.agents import Agent, find_agent
 from recsim_gr.benchmarks.experiment import cell_name, experiment_identity, log_sizes_of, seconds_per_step
-from recsim_gr.benchmarks.laboratory import AgentsConfig, Laboratory
+from recsim_gr.benchmarks.laboratory import SMOKE, AgentsConfig, Laboratory
 from recsim_gr.benchmarks.offline_choices import DEFAULT, NDCG, RULES, choose
 from recsim_gr.benchmarks.offline_report import write_table2
 from recsim_gr.benchmarks.suite import Cell, CellResult, Notify, Suite, register
@@ -20,9 +20,7 @@ from recsim_gr.errors import RecsimError
 from recsim_gr.estimators import effective_sample_size, estimate_from, logged_terms
 from recsim_gr.log import InteractionLog
 from recsim_gr.logged_truth import log_truth
-from recsim_gr.rewards import RewardEnsembleConfig
 from recsim_gr.scoring import Examination
-from recsim_gr.training import TrainingConfig
 from recsim_gr.world_base import WorldBase
 
 REFERENCES = ("BC", "RewardWeightedBC")
@@ -114,10 +112,6 @@ class Trial:
         return config.new_agent(self.given, **options)
 
 
-SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
-"""Of preset ``smoke``."""
-
-
 @register
 class Offline(Suite):
     """The study's Table 2: all agents over RewardWeightedBC, beside the truth; and strengths, chosen by five rules.
@@ -131,24 +125,7 @@ class Offline(Suite):
         "full": OfflineConfig(
             preset="full", sweep=True, seeds=tuple(range(10)), noise_levels=(0.0, 0.15, 0.35, 0.6, 1.0)
         ),
-        "smoke": OfflineConfig(
-            preset="smoke",
-            noise_levels=(0.0, 1.0),
-            seeds=(0,),
-            n_titles=40,
-            history_length=6,
-            n_users=150,
-            validation_users=40,
-            judge_users=100,
-            selection_users=40,
-            test_contexts=60,
-            rollout_contexts=20,
-            pretraining=SHORT,
-            judge_pretraining=SHORT,
-            training=SHORT,
-            rewards=RewardEnsembleConfig(members=2, training=SHORT),
-            judge=RewardEnsembleConfig(members=2, training=SHORT),
-        ),
+        "smoke": OfflineConfig(**SMOKE | {"selection_users": 40}),
     }
     config: OfflineConfig
 
@@ -236,7 +213,7 @@ class Offline(Suite):
                 agent = trial.new(self.config)
                 costs = laboratory.fit(agent)
                 measured[trial] = laboratory.examination.evaluate(agent).metrics | selection.figures(agent)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # one agent's failure, a user's own perhaps, must not cost the others' hours
                 result.failed[trial.label] = f"{type(error).__name__}: {error}"
                 continue
