@@ -32,7 +32,7 @@ from recsim_gr.agents.base import (
     masked_mean,
     register,
 )
-from recsim_gr.agents.ips import divergence
+from recsim_gr.agents.distributions import divergence, drawn_titles
 from recsim_gr.agents.reward_shaping import AnyTable, ShapedRewardConfig, shaped_rewards
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
@@ -148,12 +148,9 @@ def regularised_reward(
 
 @torch.no_grad()
 def draw_titles(log_probs: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """(..., k) titles drawn with replacement from (..., I) log-probabilities, by inverse CDF."""
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    total = cumulative[..., -1:]
-    u = torch.rand((*log_probs.shape[:-1], k), generator=rng, dtype=log_probs.dtype) * total
-    below = torch.nextafter(total, torch.zeros_like(total))  # so that rounding cannot reach beyond the last title
-    return torch.searchsorted(cumulative, torch.minimum(u, below), right=True)
+    """(..., k) titles drawn with replacement from (..., I) log-probabilities."""
+    u = torch.rand((*log_probs.shape[:-1], k), generator=rng, dtype=log_probs.dtype)
+    return drawn_titles(log_probs.exp(), u)
 
 
 # -- the agent ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, Strength, register
+from recsim_gr.agents.distributions import drawn_titles
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
 from recsim_gr.histories import Batch, HistorySource
@@ -99,11 +100,9 @@ class PairAgent(BackboneAgent):
 
 
 def _draw(logits: Tensor, k: int, seed: int) -> Tensor:
-    """(B, T, k) titles drawn from softmax(logits) with replacement, by inverse CDF."""
+    """(B, T, k) titles drawn from softmax(logits) with replacement."""
     rng = torch.Generator().manual_seed(seed % 2**63)
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
-    u = torch.rand((*logits.shape[:-1], k), generator=rng) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[-1] - 1)
+    return drawn_titles(torch.softmax(logits, dim=-1), torch.rand((*logits.shape[:-1], k), generator=rng))
 
 
 # -- rejection sampling -------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from recsim_gr.agents.fast_ppo import (
     Prefixes,
     Rollout,
     clipped_surrogate_loss,
-    drawn_titles,
     masked_logits,
     normalised_advantages,
 )
@@ -346,19 +345,6 @@ def test_a_rollout_is_what_it_says(log: InteractionLog, rewards: RewardEnsemble,
     assert np.abs(own - ref).mean() > 0.01
     state = rollout.prefixes.states(run.actor.backbone)
     np.testing.assert_allclose(rollout.values.flatten(), run.actor.value(state)[:, 0].detach(), atol=1e-5)
-
-
-def test_draws_have_the_frequencies_of_the_probabilities() -> None:
-    probabilities = torch.tensor([0.0, 0.4, 0.0, 0.35, 0.2, 0.05, 0.0])
-    n = 20_000
-    logits = torch.where(probabilities > 0, probabilities.log() + 40, -1e9).expand(n, 7)
-    u = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(drawn_titles(logits, u), minlength=7)
-    deviation = torch.sqrt(n * probabilities * (1 - probabilities))
-    assert (counts[probabilities == 0] == 0).all()
-    assert ((counts - n * probabilities).abs() <= 4 * deviation).all()
-    ends = drawn_titles(logits[:2], torch.tensor([[0.0], [1 - 2.0**-24]]))
-    assert ends.tolist() == [1, 5]
 
 
 def test_titles_that_are_not_out_are_not_drawn() -> None:

@@ -17,8 +17,9 @@ from torch.autograd import gradcheck
 
 from recsim_gr.agents import GRPO
 from recsim_gr.agents.base import Parts, backbone_log_probs
+from recsim_gr.agents.distributions import divergence
 from recsim_gr.agents.grpo import OldPolicy, draw_titles, group_advantages, grpo_loss, k3, regularised_reward
-from recsim_gr.agents.ips import divergence, importance_weights, ips_loss
+from recsim_gr.agents.ips import importance_weights, ips_loss
 from recsim_gr.agents.ppo import penalised_reward
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
 from recsim_gr.backbones import HSTU
