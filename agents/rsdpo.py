@@ -17,6 +17,7 @@ from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Proble
 from recsim_gr.agents.distributions import drawn_titles
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
+from recsim_gr.errors import TrainingError
 from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_logits
@@ -61,6 +62,9 @@ def drawn_pairs(
 
     Returns:
         ``titles`` and ``reference``, winner and loser with the policy's logits, (U, T, 2) each; ``kept``, (U, T) bool.
+
+    Raises:
+        TrainingError: r̂ is not finite.
     """
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -68,6 +72,8 @@ def drawn_pairs(
             logits = prefix_logits(policy, batch)
             titles = _draw(logits, candidates, seed + i)  # (B, T, K)
             mean, deviation = table.spread(batch.rows, titles)
+            if not torch.isfinite(mean).all():  # no comparison holds of NaN: without this, no pair would, and no word
+                raise TrainingError("r̂ is NaN or infinite: the reward ensemble diverged; fit it again, at a lower rate")
             ends = torch.stack([mean.argmax(dim=-1), mean.argmin(dim=-1)], dim=-1)  # (B, T, 2)
             (m_w, m_l), (d_w, d_l) = mean.gather(-1, ends).unbind(-1), deviation.gather(-1, ends).unbind(-1)
             kept = disjoint(m_w, m_l, d_w, d_l, width) & (m_w > m_l) & batch.valid

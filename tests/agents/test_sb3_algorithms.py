@@ -202,6 +202,23 @@ def test_dqn_takes_a_plain_environment_too(log: InteractionLog, rewards: RewardE
     assert not torch.equal(moved, backbone.titles)
 
 
+def test_dqn_explores_until_it_is_told_not_to(envs: Any, backbone: Backbone) -> None:
+    """As the page says: seen titles come up in `predict`, and never with ``deterministic=True``."""
+    with contained_randomness():
+        model: Any = DQN(
+            BackboneQPolicy, BatchedVecEnv(envs, seed=0), policy_kwargs={"backbone": backbone}, seed=0, device="cpu"
+        )
+        model.exploration_rate = 1.0
+        seen = {True: 0, False: 0}
+        for seed in range(20):
+            observations, _ = envs.reset(seed=seed)
+            for deterministic in seen:
+                titles, _ = model.predict(observations, deterministic=deterministic)
+                seen[deterministic] += int((titles[:, None] == observations["titles"]).any(axis=1).sum())
+    assert seen[True] == 0
+    assert seen[False] > 0
+
+
 # -- the page -----------------------------------------------------------------------------------------------------
 
 
