@@ -31,7 +31,7 @@ class BatchedVecEnv(VecEnv):
     """A native Gymnasium vector environment (same-step autoreset) behind stable-baselines3's interface.
 
     Args:
-        envs: the vector environment; its episodes are one step long.
+        envs: the vector environment, whose episodes end and are never truncated: of one step, or sessions.
         seed: of the first reset.
     """
 

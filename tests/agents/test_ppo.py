@@ -96,6 +96,12 @@ def test_it_copies_the_backbone_and_keeps_dropout_off(envs: Any, backbone: HSTU)
     assert all(parameter.requires_grad for parameter in policy.parameters())
 
 
+def test_the_critic_starts_the_same_everywhere(envs: Any, backbone: HSTU) -> None:
+    """Or the first advantages would hold the noise of its weights."""
+    values = policy_of(envs, backbone).predict_values(tensors(envs.reset(seed=0)[0]))
+    assert values.detach().std() == 0.0
+
+
 def test_seen_titles_are_never_drawn(envs: Any, backbone: HSTU) -> None:
     """Nor by a policy that likes them best: it is asked 200 times for 64 contexts."""
     policy, observations = policy_of(envs, backbone), tensors(envs.reset(seed=0)[0])
