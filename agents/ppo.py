@@ -48,7 +48,7 @@ class PPOConfig(ShapedRewardConfig):
     kl_weight: float = 0.1
     """λ, in points of the score a nat: two titles a point apart may end up e^10 apart from π_ref."""
     n_envs: int = 512
-    """Contexts stepped at once; ``fast=True`` steps a whole rollout at once."""
+    """Contexts stepped at once: 256 to 2,048 take the same time. ``fast=True`` steps a whole rollout at once."""
     rollout: int = 2_048
     """Samples between updates: stable-baselines3's default."""
     epochs: int = 4
@@ -59,7 +59,8 @@ class PPOConfig(ShapedRewardConfig):
     """The paper's."""
     learning_rate: float = 1e-3
     """Peak rate of Adam, decaying linearly, a rollout at a time; it replaces ``training``'s, whose loss is of another
-    scale."""
+    scale. The value matters little: from 3e-4 to 1e-2 what is reached on validation users differs by a twelfth of the
+    way (development seed 1000, 1,000 users)."""
     fast: bool = False
     """Whether to leave stable-baselines3 out: the same objective in less than half the time, without its callbacks and
     logger, and with contexts that share histories. What is reported is stable-baselines3's."""
