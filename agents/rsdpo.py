@@ -122,8 +122,8 @@ class PairConfig(FineTuningConfig):
     """Titles drawn from π_ref for each context: RS-DPO's order of magnitude (it draws 16 a prompt). The best and the
     worst of them by the ensemble's mean make the pair."""
     interval: float = 1.0
-    """Half-width of an interval, in standard deviations of the ensemble. Where two titles' errors are independent and of
-    one size, one asks that they differ by 1.4 deviations of their difference."""
+    """Half-width of an interval, in standard deviations of the ensemble. One asks of two titles, whose errors are
+    independent and of one size, that they differ by 1.4 deviations of their difference."""
     literal: bool = False
     """The study's sentence read literally."""
 
