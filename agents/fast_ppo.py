@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsim_gr.agents.distributions import drawn_titles
 from recsim_gr.backbones import Backbone
 from recsim_gr.errors import ConfigError, TrainingError
 from recsim_gr.histories import Histories
@@ -193,12 +194,6 @@ def masked_logits(backbone: Backbone, states: Tensor, prefixes: Prefixes) -> Ten
     return torch.addmm(prefixes.mask(backbone.n_titles), states, backbone.title_directions().T)
 
 
-def drawn_titles(logits: Tensor, u: Tensor) -> Tensor:
-    """(n,) titles by inverse CDF, from (n, I) logits and (n, 1) uniforms in [0, 1)."""
-    cumulative = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum_(dim=1)
-    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)[:, 0]
-
-
 class FastPPO:
     """A run: `rollout` and `learn` take turns.
 
@@ -262,7 +257,7 @@ class FastPPO:
         """Titles, their log-probabilities, values and rewards, (n,) each, of some contexts."""
         states = prefixes.states(self.actor.backbone)
         logits = masked_logits(self.actor.backbone, states, prefixes)
-        titles = drawn_titles(logits, u)
+        titles = drawn_titles((logits - logits.amax(dim=1, keepdim=True)).exp_(), u)[:, 0]
         log_probs = -F.cross_entropy(logits, titles, reduction="none")
         others = masked_logits(self.reference, prefixes.states(self.reference), prefixes)
         log_ratios = log_probs + F.cross_entropy(others, titles, reduction="none")

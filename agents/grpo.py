@@ -6,9 +6,10 @@ estimator (eq. 4). Options: no deviation (Dr. GRPO, arXiv:2503.20783), the exact
 
 Optima in tabular contexts, G → ∞:
 
-- KL in the reward, or exactly in the loss, without the deviation: π_ref·exp(r/λ)/Z.
-- The exact KL with the deviation: the same at the temperature λσ, σ = std_π(r). σ falls as π concentrates, so that with
-  a small λ nothing stops it before the best title has it all.
+- KL in the reward, or exactly in the loss without the deviation: π_ref·exp(r/λ)/Z. (In the reward the deviation makes
+  no difference: it divides what is 0 there, and only scales the steps before.)
+- The exact KL in the loss, with the deviation: the same at the temperature λσ, σ = std_π(r). σ falls as π concentrates,
+  so that with a small λ nothing stops it before the best title has it all.
 - k3 in the loss: λ·π_ref/(c − r), since its sampled mean has the gradient of KL(π_ref ‖ π), not of KL(π ‖ π_ref); with
   the deviation λσ for λ.
 
@@ -32,7 +33,7 @@ from recsim_gr.agents.base import (
     masked_mean,
     register,
 )
-from recsim_gr.agents.ips import divergence
+from recsim_gr.agents.distributions import divergence, drawn_titles
 from recsim_gr.agents.reward_shaping import AnyTable, ShapedRewardConfig, shaped_rewards
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
@@ -54,7 +55,7 @@ class GRPOConfig(ShapedRewardConfig):
 
     kl_weight: float = 0.04
     """λ, the paper's (section 4.2), in deviations of the reward a nat; in points a nat where advantages are not divided
-    by the deviation."""
+    by the deviation, or KL stands in the reward, which is divided with it."""
     group: int = 16
     """G, titles drawn in a context. The paper draws 64 a question, 16 questions a step; here a step has 1,280 contexts
     that share what they learn."""
@@ -79,6 +80,11 @@ class GRPOConfig(ShapedRewardConfig):
         require(self.kl in KL, self, "kl", f"one of {', '.join(KL)}")
         require(self.clip_range > 0, self, "clip_range", "positive")
         require(self.updates >= 1, self, "updates", "at least 1")
+
+    @property
+    def in_deviations(self) -> bool:
+        """Whether λ counts deviations of the reward, and not points."""
+        return self.deviation and self.kl_in == "loss"
 
     @property
     def forward(self) -> bool:
@@ -148,12 +154,9 @@ def regularised_reward(
 
 @torch.no_grad()
 def draw_titles(log_probs: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """(..., k) titles drawn with replacement from (..., I) log-probabilities, by inverse CDF."""
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    total = cumulative[..., -1:]
-    u = torch.rand((*log_probs.shape[:-1], k), generator=rng, dtype=log_probs.dtype) * total
-    below = torch.nextafter(total, torch.zeros_like(total))  # so that rounding cannot reach beyond the last title
-    return torch.searchsorted(cumulative, torch.minimum(u, below), right=True)
+    """(..., k) titles drawn with replacement from (..., I) log-probabilities."""
+    u = torch.rand((*log_probs.shape[:-1], k), generator=rng, dtype=log_probs.dtype)
+    return drawn_titles(log_probs.exp(), u)
 
 
 # -- the agent ----------------------------------------------------------------------------------------------------
@@ -268,12 +271,12 @@ class GRPO(BackboneAgent):
         return titles, old.gather(-1, titles), rewards
 
     def objective(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
-        """Minus the regularised reward, exact over titles. Where advantages are divided by the deviation, λ counts
-        deviations of r̂ under π_ref: the policy's own would move the yardstick."""
+        """Minus the regularised reward, exact over titles. Where λ counts deviations, they are those of r̂ under π_ref:
+        the policy's own would move the yardstick."""
         assert isinstance(problem, PaidProblem)
         own, reference = self._both(policy, batch, problem)
         rewards, weight = problem.paid.mean(batch.rows), self.config.kl_weight
-        if self.config.deviation:
+        if self.config.in_deviations:
             share = reference.exp()
             mean = (share * rewards).sum(dim=-1, keepdim=True)
             weight = weight * (share * (rewards - mean) ** 2).sum(dim=-1).sqrt()

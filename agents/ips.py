@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, Strength, masked_mean, register
+from recsim_gr.agents.distributions import divergence
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError, MissingPropensitiesError
@@ -112,18 +113,6 @@ def self_normalised(weights: Tensor, valid: Tensor) -> Tensor:
     if weights.ndim != 2 or weights.shape != valid.shape:
         raise ValueError(f"self_normalised takes (B, T) weights and mask, got {tuple(weights.shape)}, {valid.shape}")
     return weights / ((weights * valid).sum() / valid.sum())
-
-
-def divergence(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) over all titles, per context.
-
-    Args:
-        log_probs, reference: (..., I) log π and log π_ref, finite also where they are MASKED.
-    """
-    if log_probs.shape != reference.shape:
-        got = f"{tuple(log_probs.shape)} and {tuple(reference.shape)}"
-        raise ValueError(f"divergence takes two tensors of log-probabilities over titles, got {got}")
-    return (log_probs.exp() * (log_probs - reference)).sum(dim=-1)
 
 
 # -- agents -------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class GroupREINFORCEConfig(FineTuningConfig):
     """Where titles come from, and what regularises their use."""
 
     tau: float = 0.1
-    """τ, in points of the score a nat: PPO's λ, whose optimum ``pairs`` has."""
+    """τ, in points of the score a nat: PPO's λ, whose optimum ``pairs`` has. ``clip`` has none."""
     group: int = 8
     """K, titles drawn from π_ref in each context: as many as the pairs of `RSDPO` are chosen from."""
     regulariser: str = "pairs"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recsim_gr.agents.base import AfterCheck, InformedAgent, register, required_parts
-from recsim_gr.agents.fast_ppo import drawn_titles
+from recsim_gr.agents.distributions import divergence, drawn_titles
 from recsim_gr.agents.ppo import PPO, Checks, PPOConfig, climb, learner_in, release_of
 from recsim_gr.agents.sb3 import contained_randomness, masked_log_probs
 from recsim_gr.backbones import Backbone
@@ -109,14 +109,14 @@ class HeldOut:
         """An estimate of E[score − λ·KL]."""
         observations, _ = self.envs.reset(seed=self.seed)
         seen = {name: torch.from_numpy(np.asarray(values)) for name, values in observations.items()}
-        titles, divergence = [], 0.0
+        titles, distance = [], 0.0
         for rows in torch.arange(HELD_OUT).split(CHUNK):
             own, ref = (self._log_probs(model, seen, rows) for model in (policy, self.reference))
-            titles.append(drawn_titles(own, self.u[rows]))
-            divergence += (own.exp() * (own - ref)).sum().item() / HELD_OUT
+            titles.append(drawn_titles(own.exp(), self.u[rows])[:, 0])
+            distance += divergence(own, ref).sum().item() / HELD_OUT
         _, scores, *_ = self.envs.step(torch.cat(titles).numpy())
         self.samples += HELD_OUT
-        return float(scores.mean()) - self.kl_weight * divergence
+        return float(scores.mean()) - self.kl_weight * distance
 
     def _log_probs(self, model: Backbone, seen: dict[str, Tensor], rows: Tensor) -> Tensor:
         titles, scores, times, epoch = (seen[name][rows] for name in ("titles", "scores", "times", "epoch"))

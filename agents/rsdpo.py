@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsim_gr.agents.base import BackboneAgent, FineTuningConfig, Parts, Problem, Strength, register
+from recsim_gr.agents.distributions import drawn_titles
 from recsim_gr.backbones import Backbone
 from recsim_gr.configs import require
+from recsim_gr.errors import TrainingError
 from recsim_gr.histories import Batch, HistorySource
 from recsim_gr.log import AnyLog
 from recsim_gr.prefixes import prefix_logits
@@ -60,6 +62,9 @@ def drawn_pairs(
 
     Returns:
         ``titles`` and ``reference``, winner and loser with the policy's logits, (U, T, 2) each; ``kept``, (U, T) bool.
+
+    Raises:
+        TrainingError: r̂ is not finite.
     """
 
     def parts() -> Iterator[dict[str, Tensor]]:
@@ -67,6 +72,8 @@ def drawn_pairs(
             logits = prefix_logits(policy, batch)
             titles = _draw(logits, candidates, seed + i)  # (B, T, K)
             mean, deviation = table.spread(batch.rows, titles)
+            if not torch.isfinite(mean).all():  # no comparison holds of NaN: without this, no pair would, and no word
+                raise TrainingError("r̂ is NaN or infinite: the reward ensemble diverged; fit it again, at a lower rate")
             ends = torch.stack([mean.argmax(dim=-1), mean.argmin(dim=-1)], dim=-1)  # (B, T, 2)
             (m_w, m_l), (d_w, d_l) = mean.gather(-1, ends).unbind(-1), deviation.gather(-1, ends).unbind(-1)
             kept = disjoint(m_w, m_l, d_w, d_l, width) & (m_w > m_l) & batch.valid
@@ -99,11 +106,9 @@ class PairAgent(BackboneAgent):
 
 
 def _draw(logits: Tensor, k: int, seed: int) -> Tensor:
-    """(B, T, k) titles drawn from softmax(logits) with replacement, by inverse CDF."""
+    """(B, T, k) titles drawn from softmax(logits) with replacement."""
     rng = torch.Generator().manual_seed(seed % 2**63)
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
-    u = torch.rand((*logits.shape[:-1], k), generator=rng) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[-1] - 1)
+    return drawn_titles(torch.softmax(logits, dim=-1), torch.rand((*logits.shape[:-1], k), generator=rng))
 
 
 # -- rejection sampling -------------------------------------------------------------------------------------------
@@ -117,7 +122,8 @@ class PairConfig(FineTuningConfig):
     """Titles drawn from π_ref for each context: RS-DPO's order of magnitude (it draws 16 a prompt). The best and the
     worst of them by the ensemble's mean make the pair."""
     interval: float = 1.0
-    """Half-width of an interval, in standard deviations of the ensemble."""
+    """Half-width of an interval, in standard deviations of the ensemble. One asks of two titles, whose errors are
+    independent and of one size, that they differ by 1.4 deviations of their difference."""
     literal: bool = False
     """The study's sentence read literally."""
 

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor, nn
 
+from recsim_gr.agents.distributions import drawn_titles
 from recsim_gr.backbones import Backbone
 from recsim_gr.observations import HIGHEST_SCORE, LOWEST_SCORE
 from recsim_gr.prefixes import MASKED
@@ -30,7 +31,7 @@ class BatchedVecEnv(VecEnv):
     """A native Gymnasium vector environment (same-step autoreset) behind stable-baselines3's interface.
 
     Args:
-        envs: the vector environment; its episodes are one step long.
+        envs: the vector environment, whose episodes end and are never truncated: of one step, or sessions.
         seed: of the first reset.
     """
 
@@ -92,8 +93,8 @@ class _NoFeatures(BaseFeaturesExtractor):
 class BackbonePolicy(ActorCriticPolicy):
     """An actor that is the backbone, tied titles and seen-title mask included, and a linear critic on its state.
 
-    Titles are drawn by inverse CDF, eight times as fast as ``torch.multinomial`` at 1,000 titles. Dropout is off: it
-    would move the probability ratio that PPO clips. Use it with any on-policy algorithm of stable-baselines3::
+    Titles are drawn by inverse CDF. Dropout is off: it would move the probability ratio that PPO clips. Use it with any
+    on-policy algorithm of stable-baselines3::
 
         PPO(BackbonePolicy, env, policy_kwargs={"backbone": backbone})
 
@@ -257,10 +258,8 @@ def masked_log_probs(
 
 
 def inverse_cdf(log_probs: Tensor) -> Tensor:
-    """(n,) titles drawn from (n, I) log-probabilities."""
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    u = torch.rand(len(log_probs), 1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u, right=True).clamp(max=log_probs.shape[1] - 1)[:, 0]
+    """(n,) titles drawn from (n, I) log-probabilities, by torch's global generator, which is stable-baselines3's."""
+    return drawn_titles(log_probs.exp(), torch.rand(len(log_probs), 1))[:, 0]
 
 
 @contextmanager

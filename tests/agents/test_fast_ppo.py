@@ -2,6 +2,7 @@
 stable-baselines3's on the same batch; what it draws and is paid; fitting."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import recsim_gr  # noqa: F401  (registers RewardModel-v0)
-from recsim_gr.agents import PPO, Agent, load_agent
+from recsim_gr.agents import PPO, Agent, fast_ppo, load_agent
 from recsim_gr.agents.base import backbone_log_probs
 from recsim_gr.agents.fast_ppo import (
     FastPPO,
@@ -27,7 +28,6 @@ from recsim_gr.agents.fast_ppo import (
     Prefixes,
     Rollout,
     clipped_surrogate_loss,
-    drawn_titles,
     masked_logits,
     normalised_advantages,
 )
@@ -298,6 +298,30 @@ def test_its_steps_are_stable_baselines3s(
         torch.testing.assert_close(ours[name], value, atol=2e-5, rtol=1e-4)
 
 
+def test_its_constants_are_stable_baselines3s_defaults() -> None:
+    theirs = inspect.signature(StableBaselinesPPO).parameters
+    assert theirs["vf_coef"].default == fast_ppo.VALUE_WEIGHT
+    assert theirs["max_grad_norm"].default == fast_ppo.LONGEST_GRADIENT
+    assert theirs["ent_coef"].default == 0.0
+    assert theirs["normalize_advantage"].default
+
+
+def test_its_rate_falls_rollout_by_rollout(log: InteractionLog, rewards: RewardEnsemble, backbone: Backbone) -> None:
+    """As stable-baselines3's does (test_ppo.py): of four rollouts the last learns at a quarter of the peak."""
+    run, rates = fast_run(log, rewards, backbone, learning_rate=0.04, training=TrainingConfig(steps=4)), []
+    run.optimiser.register_step_post_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"]))
+    run.run(lambda _: None)
+    np.testing.assert_allclose(rates, [0.04, 0.03, 0.02, 0.01])
+
+
+def test_dropout_is_off(log: InteractionLog, rewards: RewardEnsemble, backbone: Backbone) -> None:
+    assert backbone.config.dropout > 0
+    policy = copy.deepcopy(backbone).requires_grad_(True).train()
+    run = FastPPO(policy, backbone, log, rewards.on(log), SMALL, seed=3)
+    rollout = run.rollout()
+    assert torch.equal(run.actor.loss(rollout, 0.2), run.actor.loss(rollout, 0.2))
+
+
 # -- what it draws and is paid ------------------------------------------------------------------------------------
 
 
@@ -346,19 +370,6 @@ def test_a_rollout_is_what_it_says(log: InteractionLog, rewards: RewardEnsemble,
     assert np.abs(own - ref).mean() > 0.01
     state = rollout.prefixes.states(run.actor.backbone)
     np.testing.assert_allclose(rollout.values.flatten(), run.actor.value(state)[:, 0].detach(), atol=1e-5)
-
-
-def test_draws_have_the_frequencies_of_the_probabilities() -> None:
-    probabilities = torch.tensor([0.0, 0.4, 0.0, 0.35, 0.2, 0.05, 0.0])
-    n = 20_000
-    logits = torch.where(probabilities > 0, probabilities.log() + 40, -1e9).expand(n, 7)
-    u = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(drawn_titles(logits, u), minlength=7)
-    deviation = torch.sqrt(n * probabilities * (1 - probabilities))
-    assert (counts[probabilities == 0] == 0).all()
-    assert ((counts - n * probabilities).abs() <= 4 * deviation).all()
-    ends = drawn_titles(logits[:2], torch.tensor([[0.0], [1 - 2.0**-24]]))
-    assert ends.tolist() == [1, 5]
 
 
 def test_titles_that_are_not_out_are_not_drawn() -> None:

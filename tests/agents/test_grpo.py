@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from recsim_gr import generation
 from recsim_gr.agents import GRPO
 from recsim_gr.agents.base import Parts, backbone_log_probs
+from recsim_gr.agents.distributions import divergence
 from recsim_gr.agents.grpo import OldPolicy, draw_titles, group_advantages, grpo_loss, k3, regularised_reward
-from recsim_gr.agents.ips import divergence, importance_weights, ips_loss
+from recsim_gr.agents.ips import importance_weights, ips_loss
 from recsim_gr.agents.ppo import penalised_reward
+from recsim_gr.agents.reward_shaping import shaped_rewards
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
-from recsim_gr.backbones import HSTU
+from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import ConfigError
 from recsim_gr.histories import Histories
-from recsim_gr.log import InteractionLog
+from recsim_gr.log import InteractionLog, ShardedLog
 from recsim_gr.observations import Observations
+from recsim_gr.pretraining import pretrain
 from recsim_gr.randomness import derived_seed
-from recsim_gr.rewards import RewardEnsemble
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
+from recsim_gr.training import TrainingConfig
+from recsim_gr.world import WorldConfig
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 REF = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
@@ -284,6 +291,20 @@ def test_with_the_deviation_and_the_exact_divergence_it_may_collapse() -> None:
 
 
 @pytest.mark.parametrize("kl_weight", [0.7, 2.0])
+def test_with_kl_in_the_reward_the_deviation_moves_no_optimum(kl_weight: float) -> None:
+    """It divides rewards less KL, which are all the same at π_ref·exp(r/λ)/Z, whatever the unit of r; elsewhere the
+    step is longer or shorter, and no other."""
+    for unit in (1.0, 0.25):
+        tilted = shares(REF * torch.exp(unit * R / kl_weight))
+        for policy, rests in ((tilted, True), (shares(tilted + 0.1), False)):
+            rewards = unit * R - kl_weight * (policy / REF).log()
+            bare = group_advantages(rewards, deviation=False)
+            divided = group_advantages(rewards, deviation=True)
+            assert (bare.abs().max() < 1e-9) == (divided.abs().max() < 1e-4) == rests
+            torch.testing.assert_close(divided * (rewards.std() + 1e-4), bare)
+
+
+@pytest.mark.parametrize("kl_weight", [0.7, 2.0])
 def test_k3_in_the_loss_finds_another_policy(kl_weight: float) -> None:
     """λ·π_ref/(c − r); with the deviation λσ for λ."""
     found = climbed(kl_weight, deviation=False, kl_in="loss", kl="k3")
@@ -445,8 +466,19 @@ def test_its_step_is_reinforce_on_advantages(
     assert max(float(p.grad.abs().max()) for p in one.parameters() if p.grad is not None) > 1e-3
 
 
+def test_dropout_is_off(ragged: InteractionLog, backbone: HSTU, rewards: RewardEnsemble) -> None:
+    """It would move the ratio and KL: at π_ref, although in training, both are at rest."""
+    assert backbone.config.dropout > 0
+    agent, histories = GRPO(), Histories(ragged)
+    problem = agent.problem(histories, ragged, Parts(backbone, rewards, 5, "train"))
+    policy = copy.deepcopy(backbone).train()
+    loss = agent.batch_loss(policy, next(histories.chunks()), problem)
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"deviation": False}, {"kl": "exact"}, {"kl_in": "reward", "deviation": False}]
+    "options",
+    [{}, {"deviation": False}, {"kl": "exact"}, {"kl_in": "reward", "deviation": False}, {"kl_in": "reward"}],
 )
 def test_the_objective_in_the_agent(
     options: dict[str, Any], ragged: InteractionLog, policy: HSTU, backbone: HSTU, rewards: RewardEnsemble
@@ -460,10 +492,11 @@ def test_the_objective_in_the_agent(
         out = np.isfinite(own)
         pi, held, r = np.exp(own[out]), np.exp(ref[out]), predicted[out]
         kl = (held * (ref[out] - own[out])).sum() if agent.config.forward else (pi * (own[out] - ref[out])).sum()
-        scale = np.sqrt(held @ (r - held @ r) ** 2) if agent.config.deviation else 1.0
+        in_deviations = agent.config.deviation and agent.config.kl_in == "loss"
+        scale = np.sqrt(held @ (r - held @ r) ** 2) if in_deviations else 1.0
         values.append(pi @ r - 0.5 * scale * kl)
     assert got == pytest.approx(-np.mean(values), abs=2e-3)
-    if options == {"kl_in": "reward", "deviation": False}:  # what PPO is measured by
+    if agent.config.kl_in == "reward":  # what PPO is measured by
         ppo = penalised_reward(policy, backbone, histories, rewards.on(ragged), 0.5)
         assert got == pytest.approx(-ppo, abs=1e-5)
 
@@ -486,6 +519,29 @@ def test_variants_learn(
     assert after < before - 0.1
     assert told[-1] == min(told)
     assert agent.record.samples == 4 * 32 * 32 * 6
+
+
+@pytest.mark.parametrize("options", [{}, {"reward": "worst", "bound": 4.0}, {"updates": 3, "kl_in": "reward"}])
+def test_it_learns_from_a_log_in_shards(options: dict[str, Any], tmp_path: Path) -> None:
+    """Without reading it whole; rewards are those of the same contexts in memory."""
+    config = WorldConfig(n_titles=25, history_length=6, history_median=4, cold_share=0.2, reward_noise=0.0)
+    steps = TrainingConfig(steps=12, batch_users=8, learning_rate=1e-2, warmup_steps=2, checks=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "PART_EVENTS", 60)
+        shards = generation.generate(generation.Plan(world=config, n_users=100, users_per_shard=30), tmp_path / "log")
+        backbone = pretrain(shards, HSTUConfig(dimensions=8, n_layers=1), steps)
+        rewards = fit_reward_ensemble(shards, backbone, RewardEnsembleConfig(members=2, training=steps))
+        whole, agent = shards.read(), GRPO(training=steps, **options)
+        rewards.tables_in = tmp_path / "tables"
+        patch.setattr(ShardedLog, "read", lambda self: pytest.fail("the whole log was read"))
+        agent.fit(shards, backbone, rewards)
+    assert agent.record.gradient_steps == 12
+    assert agent.record.best_step > 0
+    users = torch.arange(40, 70)
+    on_disk, in_memory = (
+        shaped_rewards(rewards, agent.config, backbone).on(log).mean(users) for log in (shards, whole)
+    )
+    torch.testing.assert_close(on_disk[:, : in_memory.shape[1]], in_memory, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from torch.autograd import gradcheck
 from recsim_gr import generation
 from recsim_gr.agents import IPS, DoublyRobust
 from recsim_gr.agents.base import Parts, backbone_log_probs
+from recsim_gr.agents.distributions import divergence
 from recsim_gr.agents.doubly_robust import doubly_robust_loss
-from recsim_gr.agents.ips import divergence, importance_weights, ips_loss, self_normalised
+from recsim_gr.agents.ips import importance_weights, ips_loss, self_normalised
 from recsim_gr.agents.reward_weighted_bc import weighted_bc_loss
 from recsim_gr.backbones import HSTU, HSTUConfig
 from recsim_gr.errors import ConfigError
@@ -84,13 +85,6 @@ def test_weights_and_losses_by_hand() -> None:
     np.testing.assert_allclose(normal[0, :2], [4 / 3, 2 / 3])
 
 
-def test_divergence_by_hand() -> None:
-    """(½, ½) from (¼, ¾): ½ ln 2 + ½ ln ⅔ = .14384."""
-    got = divergence(rows([0.5, 0.5]).log(), rows([0.25, 0.75]).log())
-    assert got.item() == pytest.approx(0.5 * math.log(4 / 3))
-    assert got.item() == pytest.approx(0.14384, abs=1e-5)
-
-
 def test_doubly_robust_by_hand() -> None:
     """π = (¼, ¾), r̂ = (4, 2): ¼·4 + ¾·2 = 2.5; the log has title 0 with score 5 and weight ½: 2.5 + ½·(5 − 4) = 3."""
     log_probs = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64).log()
@@ -106,7 +100,6 @@ def test_doubly_robust_by_hand() -> None:
         lambda: importance_weights(torch.zeros(2, 3), torch.zeros(3), 1.0),
         lambda: ips_loss(torch.zeros(2, 3), torch.zeros(2)),
         lambda: self_normalised(torch.zeros(2, 3), torch.zeros(3)),
-        lambda: divergence(torch.zeros(2, 3), torch.zeros(3)),
         lambda: doubly_robust_loss(*(torch.zeros(2, 3),) * 4, torch.zeros(2, 3, dtype=torch.int64)),
         lambda: doubly_robust_loss(
             torch.zeros(2, 3, 4), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3, 4), torch.zeros(2, 3)
@@ -244,14 +237,6 @@ def test_the_doubly_robust_gradient_does_not_feel_a_constant(shift: float, clip:
     torch.testing.assert_close(loss(logits, shift), loss(logits, 0.0) - shift)
     one, two = (gradient(lambda x, c=c: loss(x, c), logits) for c in (0.0, shift))  # type: ignore[misc]
     torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
-
-
-@PROPERTY
-@given(st.integers(0, 99))
-def test_divergence_is_least_at_the_reference(seed: int) -> None:
-    one, two = torch.log_softmax(random_rows(seed, 2, 5), dim=-1)
-    assert divergence(one, two) > 0
-    assert divergence(one, one) == 0
 
 
 # -- estimates of known values, on random logs ---------------------------------------------------------------------

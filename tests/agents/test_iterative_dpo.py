@@ -1,6 +1,7 @@
 """Iterative preference alignment: its loss is DPO's (test_losses.py); here are its rounds, where they lead in one
 context, and the agent."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from recsim_gr.agents.base import Problem
 from recsim_gr.agents.iterative_dpo import _Rounds, round_starts
 from recsim_gr.agents.rsdpo import PairAgent, drawn_pairs
 from recsim_gr.backbones import HSTU
-from recsim_gr.errors import ConfigError
+from recsim_gr.errors import ConfigError, TrainingError
 from recsim_gr.histories import Histories
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts
@@ -194,6 +195,17 @@ def test_chunks_without_a_pair_do_not_move_the_objective(
         assert rounds.loss(batch).item() == 0.0
     assert rounds.number == 1
     assert rounds.objective() == 0.0
+
+
+@pytest.mark.parametrize("name", ["RSDPO", "RSIPO", "IterativeDPO"])
+def test_rewards_that_are_nan_are_no_lack_of_pairs(
+    name: str, make: Callable[..., Agent], log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble
+) -> None:
+    broken = copy.deepcopy(rewards)
+    with torch.no_grad():
+        broken.members[0].head.mean.fill_(torch.nan)  # type: ignore[operator]
+    with pytest.raises(TrainingError, match="r̂ is NaN or infinite"):
+        make(name).fit(log, backbone, broken)
 
 
 def test_what_learns_from_pairs_must_say_how(backbone: HSTU) -> None:

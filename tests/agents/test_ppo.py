@@ -17,13 +17,15 @@ from recsim_gr.agents import PPO, Agent
 from recsim_gr.agents.base import backbone_log_probs
 from recsim_gr.agents.ppo import Checks, PPOConfig, _Watch, penalised_reward
 from recsim_gr.agents.sb3 import BackbonePolicy, BatchedVecEnv, contained_randomness, inverse_cdf
-from recsim_gr.backbones import HSTU
-from recsim_gr.errors import TrainingError
+from recsim_gr.backbones import HSTU, HSTUConfig
+from recsim_gr.errors import ConfigError, TrainingError
 from recsim_gr.histories import Histories, split_logs
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Observations
-from recsim_gr.rewards import RewardEnsemble
+from recsim_gr.pretraining import pretrain
+from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
 from recsim_gr.training import TrainingConfig
+from recsim_gr.world import World, WorldConfig
 
 REWARD_MODEL = "recsim_gr/RewardModel-v0"
 
@@ -92,6 +94,12 @@ def test_it_copies_the_backbone_and_keeps_dropout_off(envs: Any, backbone: HSTU)
     nudge(policy)
     assert torch.equal(backbone.titles, before)
     assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+def test_the_critic_starts_the_same_everywhere(envs: Any, backbone: HSTU) -> None:
+    """Or the first advantages would hold the noise of its weights."""
+    values = policy_of(envs, backbone).predict_values(tensors(envs.reset(seed=0)[0]))
+    assert (values == values[0]).all()
 
 
 def test_seen_titles_are_never_drawn(envs: Any, backbone: HSTU) -> None:
@@ -234,6 +242,21 @@ def test_rewards_in_the_buffer_are_the_models_less_the_log_ratio(
     assert np.abs(np.concatenate(ratios)).mean() > 0.05
 
 
+def test_at_the_reference_there_is_no_log_ratio_where_titles_are_not_out_either() -> None:
+    """Both masks are the same, or rewards would lose λ·log of the share that titles to come have."""
+    world = World(WorldConfig(n_titles=30, history_length=6, n_epochs=3, cold_share=0.4))
+    log, few = world.generate_log(60), TrainingConfig(steps=1, checks=1)
+    backbone: Any = pretrain(log, HSTUConfig(dimensions=8, n_layers=1), few)
+    rewards = fit_reward_ensemble(log, backbone, RewardEnsembleConfig(members=2, training=few))
+    agent = PPO(kl_weight=0.7, n_envs=64, rollout=128, minibatch=64, training=TrainingConfig(steps=8))
+    with contained_randomness():
+        learner = agent._learner(log, backbone, rewards, seed=0)
+        keep = Keep(_Watch(agent.config, backbone, Checks(agent.config, lambda _: 0.0, None)))
+        learner.learn(128, callback=keep)
+    assert any((context.epoch == 0).any() for context in keep.contexts)
+    np.testing.assert_allclose(keep.after, keep.before, atol=1e-4)
+
+
 # -- fitting ------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +308,52 @@ def test_an_objective_that_is_nan_is_a_named_error(
     with pytest.raises(TrainingError, match=r"PPO diverged.*after 0 steps"):
         make("PPO").fit(log, backbone, rewards)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_its_options_reach_stable_baselines3(
+    log: InteractionLog, rewards: RewardEnsemble, backbone: HSTU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other values than stable-baselines3's defaults; the rate is that of each rollout, four of them."""
+    found: list[tuple[Any, ...]] = []
+    learn = StableBaselinesPPO.train
+
+    def noting(self: Any) -> None:
+        learn(self)
+        rate = self.policy.optimizer.param_groups[0]["lr"]
+        found.append((rate, self.clip_range(1), self.n_epochs, self.batch_size, self.n_steps, self.gae_lambda))
+
+    monkeypatch.setattr(StableBaselinesPPO, "train", noting)
+    options: dict[str, Any] = {"n_envs": 16, "rollout": 32, "minibatch": 8, "epochs": 2, "clip_range": 0.3}
+    PPO(training=TrainingConfig(steps=32), learning_rate=0.04, **options).fit(log, backbone, rewards)
+    assert [others for _, *others in found] == [[0.3, 2, 8, 2, 1.0]] * 4
+    np.testing.assert_allclose([rate for rate, *_ in found], [0.04, 0.03, 0.02, 0.01])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_state_that_is_kept_is_the_best_and_not_the_last(
+    fast: bool, log: InteractionLog, rewards: RewardEnsemble, backbone: HSTU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood: list[dict[str, Tensor]] = []
+
+    def height(policy: HSTU, *_: Any) -> float:
+        stood.append({name: value.clone() for name, value in policy.state_dict().items()})
+        return [0.0, 2.0, 1.0][len(stood) - 1]
+
+    monkeypatch.setattr("recsim_gr.agents.ppo.penalised_reward", height)
+    agent = PPO(fast=fast, n_envs=16, rollout=32, minibatch=8, training=TrainingConfig(steps=32, checks=2))
+    agent.fit(log, backbone, rewards)
+    assert agent.record.best_step == 16
+    titles = agent.policy.state_dict()["titles"]
+    assert torch.equal(titles, stood[1]["titles"])
+    assert not torch.equal(titles, stood[2]["titles"])
+
+
+def test_what_its_loop_would_ignore_is_refused() -> None:
+    for options in ({"precision": "bfloat16"}, {"compile": True}, {"patience": 1}):
+        with pytest.raises(ConfigError, match=r"PPOConfig\.training must be of float32, without"):
+            PPO(training=TrainingConfig(**options))
+    with pytest.raises(ConfigError, match=r"PPOConfig\.minibatch must be at least 2"):
+        PPO(minibatch=1)
 
 
 # -- randomness ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What PPO and GRPO are paid: by hand, limits, gradients, invariances; on the tables of an ensemble; in the agents."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from recsim_gr.agents.ppo import penalised_reward
 from recsim_gr.agents.reward_shaping import (
     ShapedRewardConfig,
     ShapedRewards,
+    ShapedTable,
     bounded,
     shaped_rewards,
     uncertainty_weighted,
 )
 from recsim_gr.backbones import HSTU
 from recsim_gr.errors import ConfigError
-from recsim_gr.histories import Histories
+from recsim_gr.histories import Histories, split_logs
 from recsim_gr.log import InteractionLog
 from recsim_gr.observations import Contexts, Observations
 from recsim_gr.rewards import RewardEnsemble, RewardEnsembleConfig, fit_reward_ensemble
@@ -172,7 +174,7 @@ def test_the_appended_form_has_a_deviation_but_no_members(log: InteractionLog, b
 # -- in the agents ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [PPO, GRPO])
+@pytest.mark.parametrize("kind", [PPO, partial(PPO, fast=True), GRPO], ids=["PPO", "fast PPO", "GRPO"])
 @pytest.mark.parametrize("options", SHAPES[:3])
 def test_agents_climb_what_they_are_paid(
     kind: Any,
@@ -191,6 +193,34 @@ def test_agents_climb_what_they_are_paid(
     table = shaped_rewards(rewards, shaped.config, backbone).on(log)
     before, after = (penalised_reward(p, backbone, Histories(log), table, 0.0) for p in (backbone, shaped.policy))
     assert after > before + 0.03
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("options", SHAPES)
+def test_what_ppo_draws_is_paid_the_shaped_reward(
+    fast: bool, options: dict[str, Any], log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble, training: Any
+) -> None:
+    """And what it is kept by: the shaped reward on validation users, which at the start is that of π_ref."""
+    told: list[float] = []
+    asked: list[np.ndarray[Any, Any]] = []
+    at = ShapedTable.at
+
+    def noting(self: ShapedTable, *where: Any) -> Any:
+        found = at(self, *where)
+        everyone = self.mean(torch.arange(len(self.table.states)))  # type: ignore[attr-defined]
+        np.testing.assert_allclose(found, everyone[where], atol=1e-4)
+        asked.append(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShapedTable, "at", noting)
+        agent = PPO(training=training, fast=fast, **options)
+        agent.fit(log, backbone, rewards, after_check=lambda _, value: told.append(value))
+    assert sum(map(len, asked)) == agent.record.samples == 2_048
+    held_out = split_logs(log, None)[1]
+    table = shaped_rewards(rewards, agent.config, backbone).on(held_out)
+    expected = penalised_reward(backbone, backbone, Histories(held_out), table, 0.0)
+    assert told[0] == pytest.approx(-expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

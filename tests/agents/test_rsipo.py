@@ -1,7 +1,7 @@
 """IPO: its loss four ways, the policy it finds, what it shares with DPO and where it parts from it, and the agent."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from recsim_gr.agents import RSDPO, RSIPO
 from recsim_gr.agents.base import Parts, Problem
-from recsim_gr.agents.rsdpo import dpo_loss
+from recsim_gr.agents.rsdpo import dpo_loss, drawn_pairs
 from recsim_gr.agents.rsipo import ipo_loss
 from recsim_gr.backbones import HSTU
 from recsim_gr.errors import ConfigError
@@ -168,6 +168,28 @@ def test_its_pairs_are_those_of_rsdpo(log: InteractionLog, backbone: HSTU, rewar
     for name, value in ipo.items():
         assert torch.equal(value, dpo[name])
     assert 0 < ipo["kept"].sum() < len(log)
+
+
+def test_a_title_is_no_pair_with_itself(log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble) -> None:
+    """Not where intervals may overlap either, as in the study's sentence read literally."""
+    parts = Parts(backbone, rewards, seed=3, purpose="train")
+    extra = problem_of(RSIPO(candidates=2, literal=True, interval=5.0), log, parts)[0].extra
+    twice = extra["titles"][..., 0] == extra["titles"][..., 1]
+    assert twice.sum() > 20
+    assert not extra["kept"][twice].any()
+    assert extra["kept"][~twice].all()
+
+
+def test_every_chunk_has_draws_of_its_own(log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble) -> None:
+    class Twice(Histories):
+        """The same users in two chunks."""
+
+        def chunks(self, users: int = 256) -> Iterator[Batch]:
+            yield from (batch for batch in super().chunks(users) for _ in range(2))
+
+    pairs = drawn_pairs(backbone, Twice(log), rewards.on(log), candidates=4, width=0.0, seed=0)
+    one, two = pairs["titles"].chunk(2)
+    assert (one != two).float().mean() > 0.5
 
 
 def test_the_loss_in_the_agent(log: InteractionLog, backbone: HSTU, rewards: RewardEnsemble) -> None:

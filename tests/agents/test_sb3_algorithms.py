@@ -183,6 +183,20 @@ def test_dqn_never_recommends_what_is_not_out(envs: Any, backbone: Backbone) -> 
         assert (policy.q_net(tensors(observations))[:, :20] == 1.0).all()
 
 
+def test_sessions_are_played_to_their_end(world: World, backbone: Backbone) -> None:
+    """Of three steps: two go on to a history that is one longer, the third ends."""
+    env = BatchedVecEnv(gym.make_vec(world.env_id, num_envs=8, world=world, horizon=3), seed=0)
+    with contained_randomness():
+        model: Any = A2C(
+            BackbonePolicy, env, n_steps=6, gamma=0.9, policy_kwargs={"backbone": backbone}, seed=0, device="cpu"
+        )
+        model.learn(48)
+    buffer = model.rollout_buffer
+    lengths = buffer.observations["length"].reshape(8, 6)  # it has been flattened, environment after environment
+    np.testing.assert_array_equal(buffer.episode_starts, np.array([[1, 0, 0] * 2] * 8).T)
+    np.testing.assert_array_equal(lengths - lengths[:, [0, 0, 0, 3, 3, 3]], [[0, 1, 2] * 2] * 8)
+
+
 def test_dqn_takes_a_plain_environment_too(log: InteractionLog, rewards: RewardEnsemble, backbone: Backbone) -> None:
     env = gym.make(REWARD_MODEL, rewards=rewards, log=log)
     with contained_randomness():
@@ -200,6 +214,23 @@ def test_dqn_takes_a_plain_environment_too(log: InteractionLog, rewards: RewardE
     moved = model.policy.q_net.q_net.backbone.titles
     assert model.num_timesteps == 60
     assert not torch.equal(moved, backbone.titles)
+
+
+def test_dqn_explores_until_it_is_told_not_to(envs: Any, backbone: Backbone) -> None:
+    """As the page says: seen titles come up in `predict`, and never with ``deterministic=True``."""
+    with contained_randomness():
+        model: Any = DQN(
+            BackboneQPolicy, BatchedVecEnv(envs, seed=0), policy_kwargs={"backbone": backbone}, seed=0, device="cpu"
+        )
+        model.exploration_rate = 1.0
+        seen = {True: 0, False: 0}
+        for seed in range(20):
+            observations, _ = envs.reset(seed=seed)
+            for deterministic in seen:
+                titles, _ = model.predict(observations, deterministic=deterministic)
+                seen[deterministic] += int((titles[:, None] == observations["titles"]).any(axis=1).sum())
+    assert seen[True] == 0
+    assert seen[False] > 0
 
 
 # -- the page -----------------------------------------------------------------------------------------------------
