@@ -23,7 +23,7 @@ from recsim_gr.benchmarks.offline_choices import (
     at_the_end,
     choose,
 )
-from recsim_gr.benchmarks.offline_report import _regret_cell, regret_table, selection_lines
+from recsim_gr.benchmarks.offline_report import _regret_cell, regret_table, selection_lines, table2
 from recsim_gr.benchmarks.offline_trials import REFERENCE, Trials, percent_over, percentages
 
 NAN = float("nan")
@@ -271,3 +271,49 @@ def test_a_table_without_a_truth_is_drawn_as_far_as_it_goes() -> None:
     metrics = {"judge_return": [[3.0, 3.2]], "score_return": [[3.0, 3.0]]}
     drawn = promise(table(**{REFERENCE: metrics, "PPO": metrics}), DEFAULT, "", "promise")
     assert drawn is not None
+
+
+def test_a_failed_trial_leaves_no_regret_and_a_missing_agent_no_mean() -> None:
+    trials = selected()
+    values = dict(trials.values)
+    values["ASFT", 2, "value_top10"] = np.array([[NAN, 3.8, 3.7]])
+    lost = replace(trials, values=values)
+    np.testing.assert_allclose(lost.regret("ASFT", "judge"), [[NAN, 3.8 - 3.4, 3.9 - 3.7]])
+    both = replace(
+        lost,
+        agents=(*lost.agents, "CQL"),
+        strengths={**lost.strengths, "CQL": lost.strengths["ASFT"]},
+        values=values | {("CQL", k, m): array for (_, k, m), array in trials.values.items()},
+        chosen={**lost.chosen, ("CQL", "judge"): lost.chosen["ASFT", "judge"]},
+        swept={"ASFT": lost.strengths["ASFT"], "CQL": lost.strengths["ASFT"]},
+    )
+    assert np.isnan(mean_regret(both, "judge")[0, 0])
+    assert np.isfinite(mean_regret(both, "judge")[0, 1:]).all()
+
+
+def test_percentages_are_over_the_default_whatever_rule_took_of_the_reference() -> None:
+    trials = selected()
+    values = dict(trials.values)
+    values[REFERENCE, 1, "value_top10"] = np.full((1, 3), 7.0)
+    other = replace(
+        trials,
+        values=values,
+        strengths={**trials.strengths, REFERENCE: (NAN, 1.0)},
+        chosen={**trials.chosen, (REFERENCE, "judge"): np.ones((1, 3), dtype=int)},
+    )
+    found = percentages(other, "judge", "value_top10")
+    # 3.4, 3.4, 3.7 over 3.5
+    assert found["ASFT"].mean[0] == pytest.approx(100 * (3.5 / 3.5 - 1), abs=1e-9)
+    assert found[REFERENCE].mean[0] == pytest.approx(100.0)
+    np.testing.assert_allclose(percent_over(np.array([3.0]), np.array([-3.0])), [NAN])
+
+
+def test_a_sure_loss_is_bold_and_not_marked_as_a_gain() -> None:
+    base, less = [2.0, 2.0, 2.0], [1.0, 1.01, 0.99]
+    metrics = {"value_top10": [base], "judge_return": [[3.0, 3.1, 3.2]], "judge_return_sd": [[0.3, 0.31, 0.32]]}
+    trials = table(**{REFERENCE: metrics, "ASFT": metrics | {"value_top10": [less]}})
+    html = table2(trials, DEFAULT)
+    assert "<b>−50.0</b>" in html
+    assert 'class="best"' not in html
+    # users: .3/3, .31/3.1, .32/3.2; seeds: deviation .1 of 3.1
+    assert "<td>10.0<small>3.2</small></td>" in html

@@ -219,3 +219,10 @@ def test_a_test_without_result_makes_no_other_surer() -> None:
     # p = .037 alone; beside one that failed it is .074
     assert words(MOST[2], trials(2, 3, ASFT={"value_top10": gain})) == [SEEMS, MISSING]
     assert words(MOST[2], trials(1, 3, ASFT={"value_top10": gain[:1]})) == [HOLDS]
+
+
+def test_gains_are_over_the_reference_at_its_default_whatever_a_rule_took() -> None:
+    made = trials(1, 3, PPO={"judge_return": about(0.5), "ndcg10": about(-0.2)})
+    chosen = {**made.chosen, ("PPO", "judge"): made.chosen["PPO", DEFAULT]}
+    (found,) = verdicts(CLIMB[0], replace(made, chosen=chosen), "judge")  # the rule took nothing of the reference
+    assert found.word == HOLDS
