@@ -448,3 +448,9 @@ def test_what_makes_no_sense_is_refused(log: InteractionLog, rewards: RewardEnse
     rollout = run.rollout()
     with pytest.raises(TrainingError, match="not finite"):
         run.learn(rollout._replace(rewards=rollout.rewards * torch.inf), 1e-3)
+
+
+def test_advantages_that_hardly_differ_by_hand() -> None:
+    """0 and 2e-8: ∓1e-8 over √2·1e-8 + 1e-8, which is ∓1/(√2 + 1) = ∓(√2 − 1)."""
+    gap = 2**0.5 - 1
+    np.testing.assert_allclose(normalised_advantages(row(0.0, 2e-8), row(0.0, 0.0)), [-gap, gap], rtol=1e-6)

@@ -559,3 +559,9 @@ def test_it_learns_from_a_log_in_shards(options: dict[str, Any], tmp_path: Path)
 def test_values_out_of_range_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"GRPOConfig\.{option} must be"):
         GRPO(**{option: value})
+
+
+def test_the_least_deviation_by_hand() -> None:
+    """Rewards 0 and 2e-4: ∓1e-4 over √2·1e-4 + 1e-4, which is ∓1/(√2 + 1) = ∓(√2 − 1)."""
+    gap = math.sqrt(2) - 1
+    np.testing.assert_allclose(group_advantages(rows([0.0, 2e-4])), [[-gap, gap]], rtol=1e-6)

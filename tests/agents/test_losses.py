@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 from recsim_gr.agents import ASFT, BC, CQL, RSDPO, Agent, RewardWeightedBC, asft, ppo
 from recsim_gr.agents.asft import advantage_weights
-from recsim_gr.agents.base import Parts, Problem, backbone_log_probs, masked_mean, normalised
+from recsim_gr.agents.base import Parts, Problem, backbone_log_probs, masked_mean, mean_loss, normalised
 from recsim_gr.agents.bc import bc_loss
 from recsim_gr.agents.cql import cql_loss
 from recsim_gr.agents.ppo import penalised_reward
@@ -712,3 +712,26 @@ def test_reward_weighting_of_equal_scores_is_bc(
     )
     unseen = np.isfinite(bc)
     assert np.abs(weighted[unseen] - bc[unseen]).max() < 1e-2
+
+
+# -- what flipped signs would pass ---------------------------------------------------------------------------------
+
+
+def test_the_mean_loss_counts_events_by_hand() -> None:
+    """What is stopped on: a chunk of one event with loss 2 and one of three with loss 6: (1·2 + 3·6)/4 = 5."""
+    chunks = [batch_of(torch.ones(1, 1, dtype=torch.bool)), batch_of(torch.tensor([[True, True], [True, False]]))]
+    histories: Any = SimpleNamespace(chunks=lambda: iter(chunks))
+    losses = iter([torch.tensor(2.0), torch.tensor(6.0)])
+    assert mean_loss(lambda batch: next(losses), histories) == pytest.approx(5.0)
+
+
+def test_the_batchs_mean_is_subtracted_by_hand() -> None:
+    """Â = 1 and 3, less their mean −1 and 1; linear weights at β = 2: ½ and 1½; (½·1 + 1½·3)/2 = 2.5."""
+    policy: Any = SimpleNamespace()
+    problem: Any = SimpleNamespace(extra={"advantages": torch.tensor([[1.0, 3.0]])})
+    log_probs = torch.tensor([[-1.0, -3.0]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recsim_gr.agents.asft.prefix_log_probs", lambda policy, batch: log_probs)
+        agent = ASFT(baseline="batch", weight="linear", beta=2.0)
+        loss = agent.batch_loss(policy, batch_of(torch.tensor([[True, True]])), problem)
+    assert loss.item() == pytest.approx(2.5)

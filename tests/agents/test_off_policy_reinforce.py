@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -318,3 +319,16 @@ def test_variants_learn(
 def test_values_out_of_range_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"GroupREINFORCEConfig\.{option} must be"):
         GroupREINFORCE(**{option: value})
+
+
+def test_logits_become_log_probabilities_by_hand() -> None:
+    """Logits ln 1 and ln 3: π = ¼ and ¾. Titles 0 and 1 earn 1 and 3, Â = −1 and 1; ``imitation`` at τ = 1 adds 1:
+    −(0·ln ¼ + 2·ln ¾)/2 = −ln ¾. (``pairs`` feel no level, so that logits would do for it.)"""
+    extra = {"titles": torch.tensor([[[0, 1]]]), "reference": rows([0.5, 0.5]).log()[None]}
+    problem: Any = SimpleNamespace(extra=extra | {"rewards": rows([1.0, 3.0])[None]})
+    batch: Any = SimpleNamespace(rows=torch.tensor([0]), valid=torch.tensor([[True]]))
+    policy: Any = rows([1.0, 3.0]).log()[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recsim_gr.agents.off_policy_reinforce.prefix_logits", lambda policy, batch: policy)
+        loss = GroupREINFORCE(regulariser="imitation", tau=1.0).batch_loss(policy, batch, problem)
+    assert loss.item() == pytest.approx(-math.log(0.75))
