@@ -67,9 +67,12 @@ TARGETS = (
     Target("agents/cql.py", ("QFunctionAgent._q",), LOSSES, ("test_conservative_q_learning_in_the_agent",)),
     Target(
         "agents/ips.py",
-        ("importance_weights", "ips_loss", "divergence"),
+        ("importance_weights", "ips_loss"),
         "tests/agents/test_ips.py",
-        ("test_weights_and_losses_by_hand", "test_divergence_by_hand", "test_gradient_of_the_weights"),
+        ("test_weights_and_losses_by_hand", "test_gradient_of_the_weights"),
+    ),
+    Target(
+        "agents/distributions.py", ("divergence",), "tests/agents/test_distributions.py", ("test_divergence_by_hand",)
     ),
     Target(
         "agents/ips.py",
@@ -213,7 +216,6 @@ OTHERS = {
     "agents/baselines.py": {"_normalised": "of policies that learn nothing"},
     "agents/fast_ppo.py": {
         "LoggedContexts.draw": "which contexts come",
-        "drawn_titles": "a level that keeps exp in range, and that no draw feels",
         "FastPPO.run": "a learning rate and a clock",
     },
     "agents/grpo.py": {
