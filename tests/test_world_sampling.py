@@ -1,5 +1,9 @@
 """Worlds and the samplers: the log has one law and one set of bytes, however and in whatever chunks it is drawn."""
 
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -152,6 +156,28 @@ def test_the_chunk_changes_no_bit_of_a_large_catalogue(chunk: int, pull_strength
     # 37 users are two full blocks of the products and a part of one; chunks put users at other places in them
     config = replace(LARGE, pull_strength=pull_strength)  # weighed in float32, and in float64
     assert_same_log(log_of(config, 37, chunk_users=chunk), log_of(config, 37))
+
+
+@pytest.mark.parametrize("kernels", ["", "Haswell", "Zen", "SkylakeX", "Sandybridge", "Nehalem"])
+def test_no_place_in_a_product_changes_a_bit_whatever_the_kernels(kernels: str) -> None:
+    """OpenBLAS has kernels for many processors, and takes those of another one where it is told to."""
+    program = (
+        "import numpy as np\n"
+        "from recsim_gr.world import PRODUCT_ROWS\n"
+        "rng = np.random.default_rng(0)\n"
+        "for kind in (np.float32, np.float64):\n"
+        "    rows = rng.normal(size=(PRODUCT_ROWS, 21)).astype(kind)\n"
+        "    columns = rng.normal(size=(21, 10_701)).astype(kind)\n"
+        "    for k in range(PRODUCT_ROWS):\n"
+        "        turned = np.roll(rows, k, axis=0)\n"
+        "        assert np.roll(turned @ columns, -k, axis=0).tobytes() == (rows @ columns).tobytes(), (kind, k)\n"
+    )
+    told = os.environ | ({"OPENBLAS_CORETYPE": kernels} if kernels else {})
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=False, env=told, capture_output=True, text=True, timeout=120)
+    if kernels and done.returncode == -signal.SIGILL:
+        pytest.skip(f"this processor lacks the instructions of {kernels}")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("cold_share", [0.0, 0.3])
