@@ -205,10 +205,15 @@ def regions(found: Mapping[str, Trials]) -> str:
                 for verdict in verdicts(statement, trials, rule):
                     cells.setdefault(verdict.agent, {})[name, verdict.level] = _region_cell(verdict, trials)
             kind = "seen" if statement.seen else "in truth"
+            unasked = sorted({name for trials in found.values() for name in statement.unasked(trials)})
+            if not cells:
+                missing = f"{escape(statement.claim)} <small>{kind}; agents are missing</small>"
+                body.append(f"<tr><th class='text claim' colspan=\"{width}\">{missing}</th></tr>")
             for agent, of_agent in cells.items():
                 places = ((name, level) for name, trials in found.items() for level in range(len(trials.noise)))
                 row = "".join(of_agent.get(place, "<td>–</td>") for place in places)
-                claim = f"{escape(statement.claim)} <small>{kind}, {escape(agent)}</small>"
+                left_out = f", not asked against {escape(', '.join(unasked))}" if unasked else ""
+                claim = f"{escape(statement.claim)} <small>{kind}, {escape(agent)}{left_out}</small>"
                 body.append(f"<tr><th class='text claim'>{claim}</th>{row}</tr>")
         body.append("</tbody>")
     told = _differing([trials.title for trials in found.values()])
@@ -336,7 +341,7 @@ def _seconds_a_step(costs: Mapping[str, float]) -> float:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-def _section(trials: Trials, name: str, pictures: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def _section(trials: Trials, name: str, pictures: Sequence[str]) -> list[str]:
     own = [f"<h2>{escape(name)}</h2>", f"<p class='note'><b>{escape(caution(trials))}</b></p>", *pictures[:1]]
     own += ["<h3>Table 2, every agent at its default</h3>", f"<p class='note'>{DEVIATION_NOTE}</p>"]
     own += [table2(trials, DEFAULT), "<h2>What the study says of it</h2>", f"<p class='note'>{STATEMENTS_NOTE}</p>"]
@@ -405,7 +410,7 @@ def write_table2(run_dir: Path) -> tuple[Path, list[str]]:
                 picture = write_figure(run_dir / "figures", drawn.name, drawn)
                 pictures.append(figure_element(drawn.name, drawn, picture, note))
                 written.add(drawn.name)
-        body += _section(trials, name, pictures, run.cells)
+        body += _section(trials, name, pictures)
         lines += [f"{name}:"] if len(found) > 1 else []
         lines += readings(trials, DEFAULT) + (selection_lines(trials) if trials.selected else [])
         lines += checks(trials)

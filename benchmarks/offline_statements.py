@@ -64,12 +64,12 @@ class Statement:
 
     def unasked(self, trials: Trials) -> list[str]:
         """Agents that the claim names and the run leaves out."""
-        return [name for name in self.against if name not in (*trials.agents, *trials.failed)]
+        return [name for name in self.against if not trials.asked(name)]
 
 
 def _others(trials: Trials, names: Sequence[str], agent: str) -> list[str]:
     """Those that take part; one that has no result leaves a comparison without one, and so the verdict."""
-    return [other for other in names if other in (*trials.agents, *trials.failed) and other != agent]
+    return [other for other in names if trials.asked(other) and other != agent]
 
 
 def _better(metric: str, than: Callable[[Trials], Sequence[str]]) -> Callable[[Trials, str, str], list[Part]]:
@@ -111,7 +111,7 @@ def _keeps_its_promise(trials: Trials, rule: str, agent: str) -> list[Part]:
 
 def _ours(metric: str, over: str) -> Callable[[Trials, str, str], list[Part]]:
     def parts(trials: Trials, rule: str, agent: str) -> list[Part]:
-        if OURS not in trials.agents:
+        if not trials.asked(OURS):
             return []
         return [Part(over, trials.of(OURS, rule, metric) - trials.of(agent, rule, metric))]
 
@@ -119,7 +119,7 @@ def _ours(metric: str, over: str) -> Callable[[Trials, str, str], list[Part]]:
 
 
 def _only(*names: str) -> Callable[[Trials], Sequence[str]]:
-    return lambda trials: [name for name in names if name in trials.agents]
+    return lambda trials: [name for name in names if trials.asked(name)]
 
 
 def _in_the_study(trials: Trials) -> Sequence[str]:

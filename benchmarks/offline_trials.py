@@ -90,6 +90,10 @@ class Trials:
         """All agents: ceilings, competitors, baselines."""
         return tuple(styles_of(self.agents))
 
+    def asked(self, agent: str) -> bool:
+        """Whether the run asked for an agent, which may have failed."""
+        return agent in (*self.agents, *self.failed)
+
     def of(self, agent: str, rule: str, metric: str) -> FloatArray:
         """(N, S): a metric of the trial that a rule took, world by world; NaN where it took none."""
         taken = self.chosen.get((agent, rule))
@@ -227,7 +231,9 @@ def read_trials(path: Path, config: Mapping[str, Any]) -> dict[str, Trials]:
     missing = [name for name in TRIAL_SCHEMA.names if name not in table.column_names]
     if missing or table.num_rows == 0:
         lacks = f"no column {missing[0]!r}" if missing else "no row"
-        raise RunDirectoryError(f"{path} has {lacks}, so it is no table of trials; run suite offline again")
+        raise RunDirectoryError(
+            f"{path} has {lacks}: it is no table of trials, or of a version before log sizes; run suite offline again"
+        )
     try:
         columns = table.select(TRIAL_SCHEMA.names).cast(TRIAL_SCHEMA)
         rows = columns.to_pylist()

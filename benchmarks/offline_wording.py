@@ -75,7 +75,8 @@ a rule took, mean over worlds. Black circles are the strength that the agent com
 
 REGIONS_NOTE = """Blue: every difference that a statement asks for is above 0; red: one of them is below; pale: the
 seeds cannot tell, and the means lean to one side. "Seen" is what a study of a log can measure; "in truth" is what it
-cannot. Where the pointer rests, the lowest difference is told; all of them are further down, with their p-values."""
+cannot. –: one seed, or no result. Where the pointer rests, the lowest difference is told; all of them are further
+down, with their p-values."""
 
 STATEMENTS_NOTE = f"""Each is asked of the rows, at 5 %, by one-sided Student-t tests over seeds of paired differences.
 It holds where every difference that it asks for is above 0 (p is the largest of theirs), it does not where one of them
@@ -84,6 +85,7 @@ Undecided: neither. PPO, RSDPO and RSIPO stand for the study's PPO, DPO and IPO,
 Log sizes (--log-sizes) are tested one by one. Nothing is corrected over the statements of this page nor over the two
 directions: of statements about differences of exactly 0, one in ten would have a verdict."""
 
-COSTS = """Means over cells on the machine of the run. Preparing: pairs, rollouts, tables of the agent's own, in
-processor seconds. A step is what is left of the fit's processor time over gradient steps, with its share of the checks
-on validation users. The reward ensemble's scores of the log are made once and shared."""
+COSTS = """Means over all cells, whatever their log size, on the machine of the run. Preparing: pairs, rollouts,
+tables of the agent's own, in processor seconds. A step is what is left of the fit's processor time over gradient
+steps, with its share of the checks on validation users. The reward ensemble's scores of the log are made once and
+shared."""

@@ -482,6 +482,8 @@ def overridden(config: Any, command: Run) -> Any:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"suite {command.suite!r} has no option --{unknown[0].replace('_', '-')}")
+    if "n_users" in given and given.get("log_sizes", getattr(config, "log_sizes", ())):
+        raise ConfigError(f"--n-users has no effect here: in suite {command.suite!r} it is --log-sizes that counts")
     if command.backbone is not None:
         from recsim_gr.benchmarks.experiment import backbone_of_kind
 

@@ -363,3 +363,14 @@ def test_who_knows_the_world_is_no_competitor_at_dial_one(monkeypatch: pytest.Mo
     monkeypatch.setitem(AGENTS, "Knowing", Knowing)
     assert learns_from_rewards("ASFT")
     assert not any(map(learns_from_rewards, ("Knowing", "ScoreOracle", "BC")))
+
+
+@pytest.mark.parametrize("asked", [["offline", "--log-sizes", "30", "60"], ["reward_model"]])
+def test_a_number_of_users_that_would_be_ignored_is_refused(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--preset", "smoke", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(["run", *asked, *options, "--n-users", "50"]) == 2
+    assert "--n-users has no effect here" in capsys.readouterr().err
+    assert main(["run", "offline", *options, "--n-users", "50"]) == 0
+    assert "users-50" in capsys.readouterr().out

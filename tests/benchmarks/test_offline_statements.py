@@ -226,3 +226,24 @@ def test_gains_are_over_the_reference_at_its_default_whatever_a_rule_took() -> N
     chosen = {**made.chosen, ("PPO", "judge"): made.chosen["PPO", DEFAULT]}
     (found,) = verdicts(CLIMB[0], replace(made, chosen=chosen), "judge")  # the rule took nothing of the reference
     assert found.word == HOLDS
+
+
+def test_a_failed_agent_stays_in_the_family_of_what_is_said_of_it() -> None:
+    gain = {"judge_return": about(0.5), "value_return": about(-0.05, spread=0.025)}
+    alone = trials(1, 3, PPO=gain)
+    failed = replace(alone, failed=("RSDPO", "RSIPO"))
+    (before,) = verdicts(CLIMB[2], alone, DEFAULT)
+    after = verdicts(CLIMB[2], failed, DEFAULT)
+    assert [verdict.agent for verdict in after] == ["PPO", "RSDPO", "RSIPO"]
+    assert after[0].p_holds == pytest.approx(3 * before.p_holds)
+    assert [verdict.word for verdict in after[1:]] == [MISSING, MISSING]
+    without_ours = replace(trials(1, 3, CQL=gain), failed=("ASFT",))
+    assert words(ROBUST[2], without_ours) == [MISSING]
+    assert words(MOST[0], without_ours) == [MISSING]
+
+
+def test_the_map_tells_what_was_not_asked() -> None:
+    made = trials(1, 3, ASFT={"value_top10": about(0.5)})
+    html = regions({"part": replace(made, env="e", noise_model="n", log_size=9)})
+    assert "ASFT, not asked against BC, CQL, PPO, RSDPO, RSIPO</small>" in html
+    assert html.count("agents are missing") == 7
