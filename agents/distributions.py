@@ -25,13 +25,15 @@ def drawn_titles(weights: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, places, right=True).clamp_(max=weights.shape[-1] - 1)
 
 
-def divergence(log_probs: Tensor, reference: Tensor) -> Tensor:
+def divergence(log_probs: Tensor, reference: Tensor, probs: Tensor | None = None) -> Tensor:
     """KL(π ‖ π_ref) over all titles, per context.
 
     Args:
         log_probs, reference: (..., I) log π and log π_ref, finite also where they are MASKED.
+        probs: (..., I) π, where it is at hand.
     """
     if log_probs.shape != reference.shape:
         got = f"{tuple(log_probs.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"divergence takes two tensors of log-probabilities over titles, got {got}")
-    return (log_probs.exp() * (log_probs - reference)).sum(dim=-1)
+    probs = log_probs.exp() if probs is None else probs
+    return (probs * (log_probs - reference)).sum(dim=-1)

@@ -22,24 +22,22 @@ class DoublyRobustConfig(OffPolicyConfig):
     (ICML 2016)."""
 
 
-def doubly_robust_loss(
-    log_probs: Tensor, weights: Tensor, rewards: Tensor, predicted: Tensor, logged: Tensor
-) -> Tensor:
+def doubly_robust_loss(probs: Tensor, weights: Tensor, rewards: Tensor, predicted: Tensor, logged: Tensor) -> Tensor:
     """−(Σ_a π(a|x)·r̂(x,a) + w·(r − r̂(x,a_logged))), per context.
 
     Args:
-        log_probs: (B, T, I) log π.
+        probs: (B, T, I) π.
         weights: (B, T) `importance_weights` of the logged titles.
         rewards: (B, T) observed scores.
         predicted: (B, T, I) r̂.
         logged: (B, T) int64, the titles, in [0, I).
     """
-    if log_probs.ndim != 3 or log_probs.shape != predicted.shape:
-        got = f"{tuple(log_probs.shape)} and {tuple(predicted.shape)}"
-        raise ValueError(f"doubly_robust_loss takes (B, T, I) log-probabilities and predictions, got {got}")
-    if not (weights.shape == rewards.shape == logged.shape == log_probs.shape[:2]):
+    if probs.ndim != 3 or probs.shape != predicted.shape:
+        got = f"{tuple(probs.shape)} and {tuple(predicted.shape)}"
+        raise ValueError(f"doubly_robust_loss takes (B, T, I) probabilities and predictions, got {got}")
+    if not (weights.shape == rewards.shape == logged.shape == probs.shape[:2]):
         raise ValueError("doubly_robust_loss takes (B, T) weights, rewards and titles beside (B, T, I) predictions")
-    model = (log_probs.exp() * predicted).sum(dim=-1)
+    model = (probs * predicted).sum(dim=-1)
     residual = rewards - predicted.gather(-1, logged.unsqueeze(-1)).squeeze(-1)
     return -(model + weights * residual)
 
@@ -52,8 +50,8 @@ class DoublyRobust(OffPolicyAgent):
     config_type = DoublyRobustConfig
     needs_ensemble = True
 
-    def losses(self, log_probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
+    def losses(self, probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
         assert problem.table is not None
         predicted = problem.table.mean(batch.rows)  # (B, T, I)
         logged = batch.titles.clamp(max=predicted.shape[-1] - 1)
-        return doubly_robust_loss(log_probs, weights, batch.scores, predicted, logged)
+        return doubly_robust_loss(probs, weights, batch.scores, predicted, logged)

@@ -143,24 +143,24 @@ class OffPolicyAgent(BackboneAgent):
         return problem
 
     def batch_loss(self, policy: Backbone, batch: Batch, problem: Problem) -> Tensor:
-        logits = prefix_logits(policy, batch)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        chosen = chosen_log_probs(logits, batch)
+        log_probs = torch.log_softmax(prefix_logits(policy, batch), dim=-1)
+        chosen = chosen_log_probs(log_probs, batch)
         weights = importance_weights(chosen, problem.extra["log_propensities"][batch.rows], self.config.clip)
         if self.config.self_normalise:
             weights = self_normalised(weights, batch.valid)
-        loss = masked_mean(self.losses(log_probs, weights, batch, problem), batch)
+        probs = log_probs.exp()  # once for all that asks for it: at 200 titles it costs as much as the softmax
+        loss = masked_mean(self.losses(probs, weights, batch, problem), batch)
         if self.config.kl_weight == 0.0:
             return loss
         with torch.no_grad():
             reference = torch.log_softmax(prefix_logits(problem.reference, batch), dim=-1)
-        return loss + self.config.kl_weight * masked_mean(divergence(log_probs, reference), batch)
+        return loss + self.config.kl_weight * masked_mean(divergence(log_probs, reference, probs), batch)
 
-    def losses(self, log_probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
+    def losses(self, probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
         """(B, T): minus what each event adds to the estimate of the value.
 
         Args:
-            log_probs: (B, T, I) log π.
+            probs: (B, T, I) π.
             weights: (B, T) importance weights of the logged titles.
             batch, problem: the histories, and what is known about them.
         """
@@ -187,7 +187,7 @@ class IPS(OffPolicyAgent):
     name = "IPS"
     config_type = IPSConfig
 
-    def losses(self, log_probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
+    def losses(self, probs: Tensor, weights: Tensor, batch: Batch, problem: Problem) -> Tensor:
         return ips_loss(weights, batch.scores - self._baseline(batch))
 
     def _baseline(self, batch: Batch) -> Tensor:

@@ -44,18 +44,18 @@ def prefix_logits(backbone: Backbone, batch: Batch, states: Tensor | None = None
     return flat.view(mask.shape)
 
 
-def chosen_log_probs(logits: Tensor, batch: Batch) -> Tensor:
-    """(B, T): log π of the title chosen at each event; 0 on padding."""
+def chosen_log_probs(log_probs: Tensor, batch: Batch) -> Tensor:
+    """(B, T), of (B, T, I) log π: that of the title chosen at each event; 0 on padding."""
     targets = batch.titles.masked_fill(~batch.valid, -100)
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return -F.nll_loss(log_probs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 # -- log π of the chosen titles, for what needs no more ----------------------------------------------------------
 
 
 def prefix_log_probs(backbone: Backbone, batch: Batch, states: Tensor | None = None) -> Tensor:
-    """(B, T): log π of the title chosen at each event; 0 on padding. `chosen_log_probs` of `prefix_logits`, without
-    the logits."""
+    """(B, T): log π of the title chosen at each event; 0 on padding. `chosen_log_probs` without log π of
+    the others."""
     states = prefix_states(backbone, batch) if states is None else states
     events = _events(batch)
     losses = cross_entropies(_at(states, events), backbone.title_directions(), events.chosen, events.closed)

@@ -144,7 +144,7 @@ def losses(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         "chunked": imitation_loss(backbone, batch, softmax=Softmax(SoftmaxConfig(chunk_rows=7), backbone.n_titles)),
         "sampled": imitation_loss(backbone, batch, softmax=sampled),
         "last": last_imitation_loss(backbone, batch),
-        "logits": -chosen_log_probs(prefix_logits(backbone, batch), batch).mean(),
+        "logits": -chosen_log_probs(torch.log_softmax(prefix_logits(backbone, batch), dim=-1), batch).mean(),
         "rows": prefix_log_probs(backbone, batch).mean(),
     }
 

@@ -58,7 +58,7 @@ def backbone_for(n_titles: int, **options: Any) -> HSTU:
 
 def by_all_logits(backbone: HSTU, batch: Batch) -> Tensor:
     # the softmax in float64: where a title is all but certain, float32 loses digits of 1 - p that ours keeps
-    return chosen_log_probs(prefix_logits(backbone, batch).double(), batch).float()
+    return chosen_log_probs(torch.log_softmax(prefix_logits(backbone, batch).double(), dim=-1), batch).float()
 
 
 def gradient(loss: Tensor, backbone: HSTU) -> Tensor:

@@ -151,7 +151,7 @@ def test_a_prefix_is_the_context_before_the_event() -> None:
 def test_chosen_log_probs_by_hand() -> None:
     batch = next(Histories(log_of([[1, 0], [0]], 2)).chunks())
     logits = torch.tensor([[[0.0, math.log(3.0)], [2.0, 2.0]], [[math.log(4.0), 0.0], [7.0, 9.0]]])
-    got = chosen_log_probs(logits, batch)
+    got = chosen_log_probs(torch.log_softmax(logits, dim=-1), batch)
     # title 1 of (1, 3): 3/4; title 0 of (1, 1): 1/2; title 0 of (4, 1): 4/5; padding: 0
     expected = [[math.log(0.75), math.log(0.5)], [math.log(0.8), 0.0]]
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)

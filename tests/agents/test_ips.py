@@ -89,7 +89,7 @@ def test_doubly_robust_by_hand() -> None:
     """π = (¼, ¾), r̂ = (4, 2): ¼·4 + ¾·2 = 2.5; the log has title 0 with score 5 and weight ½: 2.5 + ½·(5 − 4) = 3."""
     log_probs = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64).log()
     predicted = torch.tensor([[[4.0, 2.0]]], dtype=torch.float64)
-    got = doubly_robust_loss(log_probs, rows([0.5]), rows([5.0]), predicted, torch.tensor([[0]]))
+    got = doubly_robust_loss(log_probs.exp(), rows([0.5]), rows([5.0]), predicted, torch.tensor([[0]]))
     np.testing.assert_allclose(got, [[-3.0]])
 
 
@@ -140,7 +140,7 @@ def test_a_model_of_zeros_is_ips() -> None:
     log_probs = torch.log_softmax(random_rows(0, 2, 3, 5), dim=-1)
     logged, rewards = torch.tensor([[0, 1, 2], [3, 4, 0]]), random_rows(1, 2, 3)
     weights = importance_weights(log_probs.gather(-1, logged[..., None])[..., 0], random_rows(2, 2, 3), 10.0)
-    got = doubly_robust_loss(log_probs, weights, rewards, torch.zeros(2, 3, 5, dtype=torch.float64), logged)
+    got = doubly_robust_loss(log_probs.exp(), weights, rewards, torch.zeros(2, 3, 5, dtype=torch.float64), logged)
     torch.testing.assert_close(got, ips_loss(weights, rewards))
 
 
@@ -181,7 +181,7 @@ def test_gradient_of_the_doubly_robust_loss() -> None:
     def loss(logits: Tensor) -> Tensor:
         log_probs = torch.log_softmax(logits, dim=-1)
         weights = importance_weights(log_probs.gather(-1, logged[..., None])[..., 0], log_mu, NEVER)
-        return doubly_robust_loss(log_probs, weights, rewards, predicted, logged)
+        return doubly_robust_loss(log_probs.exp(), weights, rewards, predicted, logged)
 
     logits = random_rows(0, 1, 2, 4)
     assert gradcheck(loss, (logits.clone().requires_grad_(),))
@@ -232,7 +232,7 @@ def test_the_doubly_robust_gradient_does_not_feel_a_constant(shift: float, clip:
     def loss(x: Tensor, shift: float) -> Tensor:
         log_probs = torch.log_softmax(x, dim=-1)
         weights = importance_weights(log_probs.gather(-1, logged[..., None])[..., 0], log_mu, clip)
-        return doubly_robust_loss(log_probs, weights, rewards + shift, predicted + shift, logged).mean()
+        return doubly_robust_loss(log_probs.exp(), weights, rewards + shift, predicted + shift, logged).mean()
 
     torch.testing.assert_close(loss(logits, shift), loss(logits, 0.0) - shift)
     one, two = (gradient(lambda x, c=c: loss(x, c), logits) for c in (0.0, shift))  # type: ignore[misc]
@@ -306,7 +306,7 @@ def test_the_doubly_robust_estimate_is_unbiased_if_either_is_right(seed: int) ->
     def losses(logits: Tensor, model: Tensor, mu: Tensor) -> Tensor:
         log_probs = torch.log_softmax(logits, dim=0).expand(EVENTS, 1, 5)
         return doubly_robust_loss(
-            log_probs, log.weights(logits, mu), log.scores[:, None], model.expand(EVENTS, 1, 5), everyone
+            log_probs.exp(), log.weights(logits, mu), log.scores[:, None], model.expand(EVENTS, 1, 5), everyone
         )
 
     for model, mu in ((wrong, MU), (R, REF)):
@@ -328,7 +328,7 @@ def test_a_perfect_model_has_the_exact_gradient() -> None:
         log_probs = torch.log_softmax(logits, dim=0).expand(EVENTS, 1, 5)
         weights = log.weights(logits, REF)
         scores = R[log.titles][:, None]
-        return doubly_robust_loss(log_probs, weights, scores, R.expand(EVENTS, 1, 5), log.titles[:, None]).mean()
+        return doubly_robust_loss(log_probs.exp(), weights, scores, R.expand(EVENTS, 1, 5), log.titles[:, None]).mean()
 
     torch.testing.assert_close(gradient(loss, log.logits), log.exact)
     assert loss(log.logits).item() == pytest.approx(-log.value.item())
@@ -367,7 +367,7 @@ def test_doubly_robust_finds_it_if_either_is_right(model: Tensor, mu: Tensor) ->
         log_probs = torch.log_softmax(logits, dim=0)
         weights = importance_weights(log_probs[titles], mu.log()[titles], NEVER)
         spread = (1, 20, 5)
-        losses = doubly_robust_loss(log_probs.expand(spread), weights, R[titles], model.expand(spread), titles)
+        losses = doubly_robust_loss(log_probs.exp().expand(spread), weights, R[titles], model.expand(spread), titles)
         return losses.mean() + divergence(log_probs, REF.log())
 
     tilted = REF * torch.exp(R)

@@ -86,7 +86,9 @@ def test_a_step_of_imitation_and_its_parts(histories: Histories, backbone: HSTU)
 
     whole = best_milliseconds(step)
     encode = best_milliseconds(lambda: prefix_states(backbone, batch))
-    logits = best_milliseconds(lambda: chosen_log_probs(prefix_logits(backbone, batch), batch))
+    logits = best_milliseconds(
+        lambda: chosen_log_probs(torch.log_softmax(prefix_logits(backbone, batch), dim=-1), batch)
+    )
     mask = best_milliseconds(lambda: prefix_mask(batch, 200))
     tokens = batch.titles.numel() / whole
     print(
