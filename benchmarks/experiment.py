@@ -92,6 +92,10 @@ class ExperimentConfig:
             raise ConfigError("--data is for replayed worlds; add --world replay, or leave it out")
 
 
+SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
+"""Of presets ``smoke``: long enough to run through everything, too short to mean anything."""
+
+
 def build_world(config: ExperimentConfig, noise: float, seed: int) -> WorldBase:
     """The world of a cell.
 

@@ -10,7 +10,7 @@ import torch
 
 from recsim_gr.agents import AGENTS, Agent, InformedAgent, agent_type, find_agent
 from recsim_gr.backbones import Backbone
-from recsim_gr.benchmarks.experiment import ExperimentConfig, Logs, build_world
+from recsim_gr.benchmarks.experiment import SHORT, ExperimentConfig, Logs, build_world
 from recsim_gr.benchmarks.suite import Notify
 from recsim_gr.configs import require
 from recsim_gr.errors import ConfigError, RecsimError
@@ -61,9 +61,6 @@ class AgentsConfig(ExperimentConfig):
         except Exception as error:  # whatever a user's own agent raises
             raise ConfigError(f"agent {name} cannot be made ({type(error).__name__}: {error})") from error
 
-
-SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
-"""Of preset ``smoke``: long enough to run through everything, too short to mean anything."""
 
 SMOKE: dict[str, Any] = {
     "preset": "smoke",

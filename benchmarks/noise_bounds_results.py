@@ -115,11 +115,6 @@ class Grid:
         """(all seeds,): a figure of the world itself; NaN where it is missing."""
         return self.results.of(WORLD, f"{metric}@{titles}")[level]
 
-    def of_world(self, metric: str, titles: int, level: int) -> FloatArray:
-        """(S,): a figure of the world itself, of the seeds that have it: never to be paired with another's."""
-        values = self.of_seeds(metric, titles, level)
-        return values[np.isfinite(values)]
-
     def of_way(self, way: Way, metric: str, titles: int, level: int) -> FloatArray:
         """(S,): a figure of a way over all temperatures."""
         values = self.results.of(way.agent, f"{metric}@{titles}")[level]

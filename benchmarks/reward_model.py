@@ -9,6 +9,7 @@ import numpy as np
 
 from recsim_gr import __version__, configs
 from recsim_gr.benchmarks.experiment import (
+    SHORT,
     ExperimentConfig,
     build_world,
     cell_name,
@@ -76,10 +77,6 @@ class RewardModelConfig(ExperimentConfig):
         factor = self.stretch * float(np.sqrt(n_users / self.steps_for_users))
         steps = max(self.checks, round(training.steps * factor))
         return replace(training, steps=steps, warmup_steps=round(training.warmup_steps * factor), checks=self.checks)
-
-
-SHORT = TrainingConfig(steps=20, learning_rate=1e-2, warmup_steps=5, checks=2)
-"""Of preset ``smoke``."""
 
 
 @register
