@@ -48,7 +48,8 @@ class PPOConfig(ShapedRewardConfig):
     kl_weight: float = 0.1
     """λ, in points of the score a nat: two titles a point apart may end up e^10 apart from π_ref."""
     n_envs: int = 512
-    """Contexts stepped at once: 64 to 2,048 take the same time within a fifth. ``fast=True`` steps a whole rollout at once."""
+    """Contexts stepped at once: 64 to 2,048 take the same time within a fifth. ``fast=True`` steps a whole
+    rollout at once."""
     rollout: int = 2_048
     """Samples between updates: stable-baselines3's default."""
     epochs: int = 4
